@@ -1,0 +1,207 @@
+"""The build command: torch's, plus vector kernels compiled once per CPU capability, plus CUDA."""
+
+import logging
+import os
+import platform
+import re
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+# torch's own search for a toolkit, run at this import, warns about a machine without a GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+from torch.utils import cpp_extension  # noqa: E402
+
+from build_support.checks import check_compiler, cxx, fail  # noqa: E402
+from build_support.toolkit import Toolkit, arch_list, choose_toolkit  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    # at::parallel_for is a header: without this it runs on one thread and says nothing.
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda"]
+
+# g++ 12 takes the undefined registers of its own AVX-512 intrinsics for uninitialised variables.
+AVX512_QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# Name, flags: csrc/cpu/simd/ is compiled once with each. The number is dlops::cpu::Capability's.
+BASELINE = ("DEFAULT", [])
+AVX2 = ("AVX2", ["-mavx2", "-mfma", "-mf16c"])
+AVX512_SETS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *AVX2[1]]
+AVX512 = ("AVX512", [*AVX512_SETS, "-mprefer-vector-width=512", *AVX512_QUIET])
+CAPABILITIES = [BASELINE, AVX2, AVX512] if platform.machine() == "x86_64" else [BASELINE]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
+
+
+def extension() -> cpp_extension.CppExtension:
+    """The module dlops._C, without what depends on the build machine: BuildExt adds that."""
+    return cpp_extension.CppExtension(
+        "dlops._C",
+        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"),
+        # Compilers without ninja's dependency files go by this list.
+        depends=[path for path in sources("csrc/**/*") if (ROOT / path).is_file()],
+    )
+
+
+def job_count() -> int:
+    """MAX_JOBS, or one job per core while each has 3 GB of memory."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // (3 << 30)))
+
+
+def path_maps() -> list[str]:
+    """Keep the build machine's paths out of the binary (__FILE__ in torch's check macros)."""
+    torch_parent = Path(torch.__file__).parent.parent
+    return [f"-ffile-prefix-map={torch_parent}/=", f"-ffile-prefix-map={ROOT}/="]
+
+
+class BuildExt(cpp_extension.BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        if getattr(self, "editable_mode", False):
+            # pip would build in a fresh temporary folder, and so everything, at every install.
+            self.build_temp = self.get_finalized_command("build").build_temp
+            self.build_temp = str(ROOT / "build" / Path(self.build_temp).name)
+
+    def run(self):
+        check_compiler()
+        os.environ["MAX_JOBS"] = str(job_count())
+        super().run()
+        self.write_build_config()
+
+    def build_extensions(self):
+        (ext,) = self.extensions
+        toolkit, self.cuda_reason = choose_toolkit(torch.version.cuda)
+        self.configure(ext)
+        if toolkit:
+            self.configure_cuda(ext, toolkit)
+            print(f"dlops: building for the CPU and CUDA {toolkit.version} ({toolkit.home})")
+        else:
+            print(f"dlops: building for the CPU only: {self.cuda_reason}")
+        self.define_build_info(ext, toolkit)
+        ext.extra_objects = self.build_simd_objects(ext)
+        try:
+            super().build_extensions()
+        except subprocess.CalledProcessError as error:
+            fail(f"compilation failed: {error}")
+
+    def configure(self, ext):
+        # As system headers, so that our warnings are about our code.
+        system = [flag for path in ext.include_dirs for flag in ("-isystem", path)]
+        ext.include_dirs = [str(ROOT / "csrc")]
+        strict = ["-Werror"] if os.environ.get("DLOPS_WERROR") == "1" else []
+        ext.extra_compile_args = {"cxx": [*CXX_FLAGS, *strict, *path_maps(), *system]}
+        ext.extra_link_args = ["-fopenmp", "-Wl,--strip-debug"]
+
+    def configure_cuda(self, ext, toolkit: Toolkit):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
+        cpp_extension.CUDA_HOME = str(toolkit.home)
+        system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+        strict = ["-Werror", "all-warnings"] if os.environ.get("DLOPS_WERROR") == "1" else []
+        host = ["-fopenmp", "-fvisibility=hidden", "-Wall", *path_maps()]
+        ext.extra_compile_args["nvcc"] = [
+            *NVCC_FLAGS,
+            *strict,
+            *(flag for option in host for flag in ("-Xcompiler", option)),
+            *system,
+        ]
+        ext.sources += sources("csrc/cuda/*.cu")
+        ext.libraries += ["c10_cuda", "torch_cuda"]
+        # By its full path: the name recorded in the binary is the library's own, libcudart.so.N.
+        ext.extra_link_args.append(str(toolkit.cudart))
+
+    def define_build_info(self, ext, toolkit: Toolkit | None):
+        texts = {
+            "VERSION": self.distribution.get_version(),
+            "TORCH_VERSION": torch.__version__,
+            "CPU_CAPABILITIES": " ".join(name for name, _ in CAPABILITIES).replace(
+                "DEFAULT", "baseline"
+            ),
+            "CUDA_REASON": self.cuda_reason,
+            "CUDA_VERSION": toolkit.version if toolkit else "",
+            "CUDA_ARCH_LIST": arch_list() if toolkit else "",
+        }
+        quoted = {name: text.replace("\\", "\\\\").replace('"', '\\"') for name, text in texts.items()}
+        ext.define_macros += [(f"DLOPS_{name}", f'"{text}"') for name, text in quoted.items()]
+        if toolkit:
+            ext.define_macros.append(("DLOPS_WITH_CUDA", "1"))
+
+    def build_simd_objects(self, ext) -> list[str]:
+        """csrc/cpu/simd/*.cpp, once per capability.
+
+        Baseline first: where an inline function ends up in several objects the linker keeps the
+        first, and that one must run on every machine.
+        """
+        jobs = []
+        for level, (name, flags) in enumerate(CAPABILITIES):
+            for source in sources("csrc/cpu/simd/*.cpp"):
+                target = Path(self.build_temp).absolute() / "simd" / name / f"{Path(source).stem}.o"
+                command = [
+                    *cxx(), "-c", str(ROOT / source), "-o", str(target), "-MMD", "-fPIC", "-DNDEBUG",
+                    f"-I{ROOT / 'csrc'}", *ext.extra_compile_args["cxx"], *flags,
+                    f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", f"-DDLOPS_CAPABILITY={level}",
+                ]  # fmt: skip
+                jobs.append((target, command))
+        stale = [job for job in jobs if not is_fresh(*job)]
+        with ThreadPoolExecutor(job_count()) as pool:
+            failures = [text for text in pool.map(lambda job: compile_object(*job), stale) if text]
+        if failures:
+            fail("compilation failed:\n" + "\n".join(failures))
+        return [str(target) for target, _ in jobs]
+
+    def write_build_config(self):
+        """What dlops/_load.py compares with the running torch, readable without the binary."""
+        folder = Path(self.get_ext_fullpath("dlops._C")).parent
+        (folder / "_build_config.py").write_text(
+            "# Written by the build.\n"
+            f"TORCH_VERSION = {str(torch.__version__)!r}\n"
+            f"TORCH_CUDA = {torch.version.cuda!r}\n"
+            f"WITH_CUDA = {not self.cuda_reason}\n"
+            f"CUDA_REASON = {self.cuda_reason!r}\n"
+        )
+
+
+def signature(command: list[str]) -> str:
+    return f"{shlex.join(command)}\ntorch {torch.__version__}\n"
+
+
+def is_fresh(target: Path, command: list[str]) -> bool:
+    """Whether `target` was made by this command from files that have not changed since."""
+    recorded, dependencies = target.with_suffix(".cmd"), target.with_suffix(".d")
+    if not (target.exists() and dependencies.exists() and recorded.exists()):
+        return False
+    if recorded.read_text() != signature(command):
+        return False
+    _, _, files = dependencies.read_text().replace("\\\n", " ").partition(":")
+    made = target.stat().st_mtime
+    return all(os.path.exists(file) and os.stat(file).st_mtime <= made for file in files.split())
+
+
+def compile_object(target: Path, command: list[str]) -> str:
+    """Compile; the compiler's messages where it fails."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"dlops: compiling {target.parent.name}/{target.stem}", flush=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        return result.stderr
+    print(result.stderr, end="", flush=True)
+    target.with_suffix(".cmd").write_text(signature(command))
+    return ""
