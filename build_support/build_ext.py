@@ -3,13 +3,16 @@
 import logging
 import os
 import platform
-import re
 import shlex
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from setuptools import Extension
+from setuptools.errors import CompileError, LinkError
 
 # torch's own search for a toolkit, run at this import, warns about a machine without a GPU.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -20,6 +23,10 @@ from build_support.toolkit import Toolkit, arch_list, choose_toolkit  # noqa: E4
 
 ROOT = Path(__file__).resolve().parent.parent
 
+COMPILE_FIX = (
+    "\nCompilation failed; the first line above with 'error:' says why. Where the machine ran out "
+    "of memory ('Killed'), build with fewer jobs: MAX_JOBS=1"
+)
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -34,28 +41,35 @@ CXX_FLAGS = [
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda"]
 
+
+class Capability(NamedTuple):
+    """What csrc/cpu/simd/ is compiled with, once for each; numbered as dlops::cpu::Capability."""
+
+    name: str
+    vec: str  # torch's name for it in CPU_CAPABILITY, which ATen/cpu/vec goes by
+    flags: list[str]
+
+
+AVX2_SETS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_SETS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *AVX2_SETS]
 # g++ 12 takes the undefined registers of its own AVX-512 intrinsics for uninitialised variables.
 AVX512_QUIET = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-# Name, flags: csrc/cpu/simd/ is compiled once with each. The number is dlops::cpu::Capability's.
-BASELINE = ("DEFAULT", [])
-AVX2 = ("AVX2", ["-mavx2", "-mfma", "-mf16c"])
-AVX512_SETS = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", *AVX2[1]]
-AVX512 = ("AVX512", [*AVX512_SETS, "-mprefer-vector-width=512", *AVX512_QUIET])
-CAPABILITIES = [BASELINE, AVX2, AVX512] if platform.machine() == "x86_64" else [BASELINE]
+CAPABILITIES = [Capability("baseline", "DEFAULT", [])]
+if platform.machine() == "x86_64":
+    avx512_flags = [*AVX512_SETS, "-mprefer-vector-width=512", *AVX512_QUIET]
+    CAPABILITIES += [
+        Capability("AVX2", "AVX2", AVX2_SETS),
+        Capability("AVX512", "AVX512", avx512_flags),
+    ]
 
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
-def extension() -> cpp_extension.CppExtension:
+def extension() -> Extension:
     """The module dlops._C, without what depends on the build machine: BuildExt adds that."""
-    return cpp_extension.CppExtension(
-        "dlops._C",
-        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"),
-        # Compilers without ninja's dependency files go by this list.
-        depends=[path for path in sources("csrc/**/*") if (ROOT / path).is_file()],
-    )
+    return cpp_extension.CppExtension("dlops._C", sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"))
 
 
 def job_count() -> int:
@@ -67,6 +81,11 @@ def job_count() -> int:
     return max(1, min(len(os.sched_getaffinity(0)), memory // (3 << 30)))
 
 
+def warnings_are_errors() -> bool:
+    """Off for users: a newer compiler's new warning must not stop an installation."""
+    return os.environ.get("DLOPS_WERROR") == "1"
+
+
 def path_maps() -> list[str]:
     """Keep the build machine's paths out of the binary (__FILE__ in torch's check macros)."""
     torch_parent = Path(torch.__file__).parent.parent
@@ -76,10 +95,12 @@ def path_maps() -> list[str]:
 class BuildExt(cpp_extension.BuildExtension):
     def finalize_options(self):
         super().finalize_options()
-        if getattr(self, "editable_mode", False):
+        # Without ninja, setuptools would see neither changed headers nor a changed torch.
+        self.force = True
+        if self.editable_mode:
             # pip would build in a fresh temporary folder, and so everything, at every install.
-            self.build_temp = self.get_finalized_command("build").build_temp
-            self.build_temp = str(ROOT / "build" / Path(self.build_temp).name)
+            tag = f"{self.plat_name}-{sys.implementation.cache_tag}"
+            self.build_temp = str(ROOT / "build" / f"temp.{tag}")
 
     def run(self):
         check_compiler()
@@ -100,14 +121,14 @@ class BuildExt(cpp_extension.BuildExtension):
         ext.extra_objects = self.build_simd_objects(ext)
         try:
             super().build_extensions()
-        except subprocess.CalledProcessError as error:
-            fail(f"compilation failed: {error}")
+        except (RuntimeError, ValueError, CompileError, LinkError) as error:
+            fail(f"{error}{COMPILE_FIX}")
 
     def configure(self, ext):
         # As system headers, so that our warnings are about our code.
         system = [flag for path in ext.include_dirs for flag in ("-isystem", path)]
         ext.include_dirs = [str(ROOT / "csrc")]
-        strict = ["-Werror"] if os.environ.get("DLOPS_WERROR") == "1" else []
+        strict = ["-Werror"] if warnings_are_errors() else []
         ext.extra_compile_args = {"cxx": [*CXX_FLAGS, *strict, *path_maps(), *system]}
         ext.extra_link_args = ["-fopenmp", "-Wl,--strip-debug"]
 
@@ -115,7 +136,7 @@ class BuildExt(cpp_extension.BuildExtension):
         os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()
         cpp_extension.CUDA_HOME = str(toolkit.home)
         system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
-        strict = ["-Werror", "all-warnings"] if os.environ.get("DLOPS_WERROR") == "1" else []
+        strict = ["-Werror", "all-warnings"] if warnings_are_errors() else []
         host = ["-fopenmp", "-fvisibility=hidden", "-Wall", *path_maps()]
         ext.extra_compile_args["nvcc"] = [
             *NVCC_FLAGS,
@@ -132,14 +153,14 @@ class BuildExt(cpp_extension.BuildExtension):
         texts = {
             "VERSION": self.distribution.get_version(),
             "TORCH_VERSION": torch.__version__,
-            "CPU_CAPABILITIES": " ".join(name for name, _ in CAPABILITIES).replace(
-                "DEFAULT", "baseline"
-            ),
+            "CPU_CAPABILITIES": " ".join(capability.name for capability in CAPABILITIES),
             "CUDA_REASON": self.cuda_reason,
             "CUDA_VERSION": toolkit.version if toolkit else "",
             "CUDA_ARCH_LIST": arch_list() if toolkit else "",
         }
-        quoted = {name: text.replace("\\", "\\\\").replace('"', '\\"') for name, text in texts.items()}
+        quoted = {
+            name: text.replace("\\", "\\\\").replace('"', '\\"') for name, text in texts.items()
+        }
         ext.define_macros += [(f"DLOPS_{name}", f'"{text}"') for name, text in quoted.items()]
         if toolkit:
             ext.define_macros.append(("DLOPS_WITH_CUDA", "1"))
@@ -150,21 +171,25 @@ class BuildExt(cpp_extension.BuildExtension):
         Baseline first: where an inline function ends up in several objects the linker keeps the
         first, and that one must run on every machine.
         """
+        folder = Path(self.build_temp).absolute() / "simd"
+        common = [*cxx(), "-fPIC", "-DNDEBUG", f"-I{ROOT / 'csrc'}", *ext.extra_compile_args["cxx"]]
         jobs = []
-        for level, (name, flags) in enumerate(CAPABILITIES):
+        for level, (name, vec, flags) in enumerate(CAPABILITIES):
+            defines = [
+                f"CPU_CAPABILITY={vec}",
+                f"CPU_CAPABILITY_{vec}",
+                f"DLOPS_CAPABILITY={level}",
+            ]
+            command = [*common, *flags, *(f"-D{define}" for define in defines)]
             for source in sources("csrc/cpu/simd/*.cpp"):
-                target = Path(self.build_temp).absolute() / "simd" / name / f"{Path(source).stem}.o"
-                command = [
-                    *cxx(), "-c", str(ROOT / source), "-o", str(target), "-MMD", "-fPIC", "-DNDEBUG",
-                    f"-I{ROOT / 'csrc'}", *ext.extra_compile_args["cxx"], *flags,
-                    f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", f"-DDLOPS_CAPABILITY={level}",
-                ]  # fmt: skip
-                jobs.append((target, command))
+                target = folder / name / f"{Path(source).stem}.o"
+                paths = ["-MMD", "-c", str(ROOT / source), "-o", str(target)]
+                jobs.append((target, [*command, *paths]))
         stale = [job for job in jobs if not is_fresh(*job)]
         with ThreadPoolExecutor(job_count()) as pool:
             failures = [text for text in pool.map(lambda job: compile_object(*job), stale) if text]
         if failures:
-            fail("compilation failed:\n" + "\n".join(failures))
+            fail("\n".join(failures) + COMPILE_FIX)
         return [str(target) for target, _ in jobs]
 
     def write_build_config(self):
@@ -198,7 +223,7 @@ def is_fresh(target: Path, command: list[str]) -> bool:
 def compile_object(target: Path, command: list[str]) -> str:
     """Compile; the compiler's messages where it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"dlops: compiling {target.parent.name}/{target.stem}", flush=True)
+    print(f"dlops: compiling {target.parent.name}/{target.stem}\n", end="", flush=True)
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         return result.stderr

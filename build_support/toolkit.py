@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,10 @@ DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 
 # What dlops and torch's own CUDA headers include; a runtime-only toolkit lacks some of them.
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
+
+
+# The parts of the pip toolkit that a build needs.
+PIP_PARTS = "nvcc,cccl,cudart,cublas,cusolver,cusparse,nvrtc"
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def find_toolkit(torch_cuda: str | None) -> tuple[Toolkit | None, str]:
         refusals.append(result)
     fix = (
         f"Fix: install a CUDA {major} toolkit and set CUDA_HOME to it, or "
-        f'pip install "cuda-toolkit[nvcc,cccl,cudart,cublas,cusolver,cusparse,nvrtc]=={torch_cuda}.*"'
+        f'pip install "cuda-toolkit[{PIP_PARTS}]=={torch_cuda}.*"'
     )
     found = "; ".join(refusals) or "there is no CUDA toolkit here (no nvcc found)"
     return None, f"{found}. torch is built with CUDA {torch_cuda}. {fix}"
@@ -98,7 +103,25 @@ def inspect(home: Path, major: str) -> Toolkit | str:
     cudart = find_cudart(home)
     if cudart is None:
         return f"{home} has nvcc but no libcudart"
+    obstacle = probe(nvcc)
+    if obstacle:
+        return f"{nvcc} cannot compile: {obstacle}"
     return Toolkit(home, f"{version[1]}.{version[2]}", cudart)
+
+
+def probe(nvcc: Path) -> str:
+    """Compiles a kernel, as a toolkit with parts missing cannot, nor one that refuses the host's
+    compiler. The error, empty where it worked."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("#include <cub/version.cuh>\n__global__ void probe() {}\n")
+        host = ["-ccbin", os.environ["CC"]] if os.environ.get("CC") else []
+        command = [str(nvcc), *host, "-std=c++20", "-c", str(source), "-o", f"{folder}/probe.o"]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode == 0:
+        return ""
+    lines = (result.stderr or result.stdout).splitlines()
+    return next((line for line in lines if "error" in line.lower()), "no message")
 
 
 def find_cudart(home: Path) -> Path | None:
