@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--expt-extended-lambda"]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-extended-lambda"]  # and torch's own
 
 
 class Capability(NamedTuple):
@@ -92,7 +93,17 @@ def path_maps() -> list[str]:
     return [f"-ffile-prefix-map={torch_parent}/=", f"-ffile-prefix-map={ROOT}/="]
 
 
+def find_own_ninja() -> None:
+    """The environment's ninja, which is not on PATH where the environment was not activated."""
+    scripts = sysconfig.get_path("scripts")
+    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+
+
 class BuildExt(cpp_extension.BuildExtension):
+    def __init__(self, *args, **kwargs):
+        find_own_ninja()
+        super().__init__(*args, **kwargs)
+
     def finalize_options(self):
         super().finalize_options()
         # Without ninja, setuptools would see neither changed headers nor a changed torch.

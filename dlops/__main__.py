@@ -11,6 +11,7 @@ from dlops._load import PACKAGE, build_config
 from dlops._version import __version__
 
 ENVIRONMENT = ("ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD")
+MISSING = "MISSING:"
 
 
 def report(error: ImportError | None = None) -> str:
@@ -63,7 +64,7 @@ def _ops(key: str) -> str:
 
     names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dlops::"))
     without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, key)]
-    missing = f"; MISSING: {', '.join(without)}" if without else ""
+    missing = f"\n{MISSING} {', '.join(without)}" if without else ""
     return f"{len(names) - len(without)} of {len(names)} registered on {key}{missing}"
 
 
@@ -103,4 +104,6 @@ def _cpu_model() -> str:
 
 
 if __name__ == "__main__":
-    print(report())
+    text = report()
+    print(text)
+    sys.exit(MISSING in text)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Tests what ships: builds the sdist, the wheel from that sdist, installs the wheel into an
+# environment of its own and runs the tests there, away from the source tree.
+#
+#   scripts/wheel_test.sh [python [pytest arguments...]]
+#
+# The new environment borrows torch and the test tools from the given Python's, so that gigabytes are
+# not installed twice; dlops itself comes from the wheel alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python}
+shift || true
+
+work=$PWD/build/wheel-test
+rm -rf "$work"
+mkdir -p "$work"
+
+"$python" -m build --no-isolation --outdir "$work/dist" .
+"$python" -m venv "$work/venv"
+site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+"$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/borrowed.pth"
+"$work/venv/bin/python" -m pip --disable-pip-version-check install --no-deps --ignore-installed \
+  "$work"/dist/dlops-*.whl
+
+away=$(mktemp -d)
+trap 'rm -rf "$away"' EXIT
+cp -r tests pyproject.toml "$away"
+cd "$away"
+"$work/venv/bin/python" - "$site" <<'PY'
+import sys
+import dlops
+assert dlops.__file__.startswith(sys.argv[1]), f"{dlops.__file__} is not the wheel's"
+PY
+"$work/venv/bin/python" -m dlops
+"$work/venv/bin/python" -m pytest tests "$@"
