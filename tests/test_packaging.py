@@ -1,0 +1,228 @@
+"""The installed package: the import guard, the report, what the binary can do and what it holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from process import PACKAGE, run
+
+import dlops
+from dlops import _C, _load
+
+pytestmark = pytest.mark.packaging
+
+REBUILD = "python -m pip install --no-build-isolation"
+
+
+# ---- import guard
+
+
+def built_with(version: str, cuda: str | None, with_cuda: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        TORCH_VERSION=version, TORCH_CUDA=cuda, WITH_CUDA=with_cuda, CUDA_REASON=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "with_cuda"),
+    [
+        pytest.param("2.10.1+cu130", "13.0", False, id="older torch"),
+        pytest.param("3.0.0", None, False, id="newer torch"),
+        pytest.param(torch.__version__, "11.8", True, id="another CUDA"),
+    ],
+)
+def test_binary_of_another_torch_is_refused(monkeypatch, version, cuda, with_cuda):
+    monkeypatch.setattr(_load, "build_config", lambda: built_with(version, cuda, with_cuda))
+    with pytest.raises(ImportError) as refusal:
+        _load.extension()
+    message = str(refusal.value)
+    assert f"built with torch {version} (CUDA {cuda})" in message
+    assert f"this is torch {torch.__version__} (CUDA {torch.version.cuda})" in message
+    assert REBUILD in message
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda"),
+    [
+        pytest.param(re.sub(r"\.\d+(\+.*)?$", ".99", torch.__version__), None, id="patch release"),
+        pytest.param(torch.__version__, "11.8", id="CPU kernels under another CUDA"),
+    ],
+)
+def test_binary_of_a_compatible_torch_is_accepted(monkeypatch, version, cuda):
+    monkeypatch.setattr(_load, "build_config", lambda: built_with(version, cuda, False))
+    assert _load.extension() is _C
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """The installed package, where a test may damage it."""
+    return Path(shutil.copytree(PACKAGE, tmp_path / "dlops"))
+
+
+def damage_torch_version(package: Path) -> str:
+    config = package / "_build_config.py"
+    config.write_text(re.sub(r"TORCH_VERSION = .*", "TORCH_VERSION = '2.1.0'", config.read_text()))
+    return "built with torch 2.1.0"
+
+
+def damage_binary(package: Path) -> str:
+    next(package.glob("_C.*.so")).write_bytes(b"not a library")
+    return "does not load"
+
+
+def remove_binary(package: Path) -> str:
+    next(package.glob("_C.*.so")).unlink()
+    return "dlops is not built"
+
+
+def binary_of_another_python(package: Path) -> str:
+    binary = next(package.glob("_C.*.so"))
+    binary.rename(binary.with_name("_C.cpython-39-x86_64-linux-gnu.so"))
+    return "built for another Python (_C.cpython-39-x86_64-linux-gnu.so)"
+
+
+DAMAGES = [damage_torch_version, damage_binary, remove_binary, binary_of_another_python]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_import_of_a_damaged_installation_says_how_to_rebuild(copied_package, damage):
+    expected = damage(copied_package)
+    result = run("-c", "import dlops", cwd=copied_package.parent)
+    _, _, message = result.stderr.rpartition("ImportError: ")
+    assert expected in message
+    assert REBUILD in message
+    assert "undefined symbol" not in message
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_report_works_on_a_damaged_installation(copied_package, damage):
+    expected = damage(copied_package)
+    result = run("-m", "dlops", cwd=copied_package.parent)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert f"torch {torch.__version__}" in re.sub(" +", " ", result.stdout)
+    assert expected in result.stdout.partition("FAILED")[2]
+
+
+def test_import_without_torch_says_to_install_it(copied_package):
+    # -S leaves out site-packages, and torch with them.
+    result = run("-S", "-c", "import dlops", cwd=copied_package.parent, PYTHONPATH="")
+    _, _, message = result.stderr.rpartition("ImportError: ")
+    assert "needs torch" in message
+    assert "pip install torch" in message
+
+
+# ---- the report and build_info
+
+
+def test_report_names_what_a_bug_report_needs(tmp_path):
+    result = run("-m", "dlops", cwd=tmp_path)
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if line[0] != " ")
+    info = _C.build_info()
+    assert lines["dlops"].startswith(dlops.__version__)
+    assert lines["torch"].startswith(torch.__version__)
+    assert lines["Python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert info["compiler"] in result.stdout
+    assert lines["CUDA"].startswith("yes" if info["cuda"] else f"no: {info['cuda_reason']}")
+    assert {"torchvision", "numpy", "system", "CPU", "vectors", "threads", "GPUs", "ops"} <= {
+        *lines
+    }
+
+
+def test_every_op_is_registered(tmp_path):
+    result = run("-m", "dlops", cwd=tmp_path)
+    assert re.search(r"^ops +(\d+) of \1 registered on CPU$", result.stdout, re.MULTILINE)
+    assert "MISSING" not in result.stdout
+    assert result.returncode == 0, result.stdout
+
+
+def test_build_info():
+    info = _C.build_info()
+    assert info["version"] == dlops.__version__
+    assert info["torch_built_with"] == torch.__version__
+    assert info["cxx_standard"] >= 202002
+    assert info["openmp"] is True
+    assert info["cpu_capability"] in info["cpu_capabilities_built"].split()
+    assert info["cuda"] == (info["cuda_reason"] == "") == (info["cuda_version"] != "")
+    assert info["cuda"] == (info["cuda_arch_list"] != "")
+
+
+def test_binary_holds_no_paths_of_the_build_machine():
+    paths = re.findall(rb"/[\w./+-]+\.(?:cpp|cuh?|h)\b", Path(_C.__file__).read_bytes())
+    absolute = {path for path in paths if Path(os.fsdecode(path)).exists()}
+    assert not absolute
+    assert os.fsencode(Path(torch.__file__).parent) not in Path(_C.__file__).read_bytes()
+
+
+# ---- threads and vector code
+
+CALLS = """
+import os, torch
+from torch.nn import functional as native
+import torchvision.ops
+import dlops.functional as F
+
+torch.manual_seed(0)
+image = torch.randn(8, 16, 32, 32)
+weight = torch.randn(32, 16, 3, 3)
+logits = torch.randn(4096, 91)
+labels = torch.randint(91, (4096,))
+hits = (torch.rand(4096, 91) < 0.02).float()
+CALLS = {
+    "conv2d": lambda: F.conv2d(image, weight, padding=1),
+    "max_pool2d": lambda: F.max_pool2d(image, 3, 2),
+    "unfold": lambda: F.unfold(image, 3),
+    "sigmoid_focal_loss": lambda: F.sigmoid_focal_loss(logits, hits),
+    "focal_loss": lambda: F.focal_loss(logits, labels, gamma=0.0, reduction="none"),
+}
+NATIVE = {
+    "conv2d": lambda: native.conv2d(image, weight, padding=1),
+    "max_pool2d": lambda: native.max_pool2d(image, 3, 2),
+    "unfold": lambda: native.unfold(image, 3),
+    "sigmoid_focal_loss": lambda: torchvision.ops.sigmoid_focal_loss(logits, hits),
+    "focal_loss": lambda: native.cross_entropy(logits, labels, reduction="none"),
+}
+"""
+THREADS = """
+call = CALLS[name]
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+torch.set_num_threads(2)
+call()
+print(count() - before)
+"""
+VALUES = """
+for name in CALLS:
+    torch.testing.assert_close(CALLS[name](), NATIVE[name]())
+print(dlops._C.build_info()["cpu_capability"])
+"""
+OPS = ["conv2d", "max_pool2d", "unfold", "sigmoid_focal_loss", "focal_loss"]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_two_threads_are_used(tmp_path, name):
+    """at::parallel_for, compiled without OpenMP, would never start a second thread."""
+    result = run("-c", f"{CALLS}\nname = {name!r}\n{THREADS}", cwd=tmp_path, OMP_NUM_THREADS="2")
+    assert result.stdout.split() == ["1"], result.stdout + result.stderr
+
+
+@pytest.mark.skipif(
+    "AVX2" not in _C.build_info()["cpu_capabilities_built"], reason="this CPU has one capability"
+)
+@pytest.mark.parametrize(
+    ("setting", "name"), [("default", "baseline"), ("avx2", "AVX2"), ("avx512", "AVX512")]
+)
+def test_every_capability_gives_the_native_values(tmp_path, setting, name):
+    if name.lower() == "avx512" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX-512")
+    result = run(
+        "-c", f"import dlops\n{CALLS}\n{VALUES}", cwd=tmp_path, ATEN_CPU_CAPABILITY=setting
+    )
+    assert result.stdout.split() == [name], result.stdout + result.stderr
