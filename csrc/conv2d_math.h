@@ -1,9 +1,9 @@
 // The geometry of a 2-D convolution and of im2col: sizes and index maps, free of torch, shared by
 // the CPU and CUDA kernels.
 //
-// Letters: N images, C input channels, H x W input, O output channels, R x S kernel, OH x OW output.
-// An output pixel (oh, ow) and a kernel cell (r, s) meet the input at row input_row(oh, r) and
-// column input_col(ow, s), which may lie in the padding.
+// Letters: N images, C input channels, H x W input, O output channels, R x S kernel, OH x OW
+// output. An output pixel (oh, ow) and a kernel cell (r, s) meet the input at row input_row(oh, r)
+// and column input_col(ow, s), which may lie in the padding.
 #pragma once
 
 #include <cstdint>
@@ -55,8 +55,8 @@ DLOPS_HOST_DEVICE Interval inside_columns(const Conv2dGeometry& g, int64_t s) {
   return {begin, end};
 }
 
-// floor((input + padding - dilation * (kernel - 1) - 1) / stride) + 1, with the whole padding of both
-// sides; the same formula as torch.nn.Conv2d's.
+// floor((input + padding - dilation * (kernel - 1) - 1) / stride) + 1, with the whole padding of
+// both sides; the same formula as torch.nn.Conv2d's.
 DLOPS_HOST_DEVICE int64_t conv_output_size(int64_t input, int64_t kernel, int64_t stride,
                                            int64_t padding_both, int64_t dilation) {
   return (input + padding_both - dilation * (kernel - 1) - 1) / stride + 1;

@@ -1,9 +1,9 @@
 // Every op's schema, in one list, and the Python module dlops._C.
 //
-// The kernels are registered beside their code: csrc/cpu/<op>.cpp and csrc/cuda/<op>.cu. Batches are
-// always 4-D here (N, C, H, W); unbatched input and the string paddings are handled in
-// dlops/functional.py. Padding of a convolution is (top, left, bottom, right). Reductions are at::Reduction's
-// numbers: 0 none, 1 mean, 2 sum.
+// The kernels are registered beside their code: csrc/cpu/<op>.cpp and csrc/cuda/<op>.cu. Batches
+// are always 4-D here (N, C, H, W); unbatched input and the string paddings are handled in
+// dlops/functional.py. Padding of a convolution is (top, left, bottom, right). Reductions are
+// at::Reduction's numbers: 0 none, 1 mean, 2 sum.
 #include <torch/library.h>
 #include <torch/python.h>
 
@@ -15,10 +15,12 @@ TORCH_LIBRARY(dlops, m) {
       "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[4] padding, "
       "SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def(
-      "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, SymInt[2] stride, "
+      "conv2d_grad_input(Tensor grad_output, Tensor weight, SymInt[4] input_size, SymInt[2] "
+      "stride, "
       "SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def(
-      "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[2] kernel_size, SymInt[2] stride, "
+      "conv2d_grad_weight(Tensor grad_output, Tensor input, SymInt[2] kernel_size, SymInt[2] "
+      "stride, "
       "SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def("conv2d_grad_bias(Tensor grad_output) -> Tensor");
 
@@ -63,7 +65,8 @@ TORCH_LIBRARY(dlops, m) {
       "Tensor targets, Tensor? class_alpha, float alpha, float gamma, int reduction) -> Tensor");
   m.def(
       "sigmoid_focal_loss_hvp(Tensor grad_output, Tensor? tangent_inputs, Tensor? tangent_targets, "
-      "Tensor inputs, Tensor targets, Tensor? class_alpha, float alpha, float gamma, int reduction, "
+      "Tensor inputs, Tensor targets, Tensor? class_alpha, float alpha, float gamma, int "
+      "reduction, "
       "bool[2] output_mask) -> (Tensor grad_inputs, Tensor grad_targets)");
 
   // The softmax form. `normalizer` is what 'mean' divides by: the summed weights of the targets, or

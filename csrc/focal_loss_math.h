@@ -101,9 +101,9 @@ struct SoftSigmoidFocal {
     const T not_p = logit >= 0 ? smaller : larger;
     const T ce = M::max(logit, T(0)) + M::log1p(e) - logit * target;
     const T q = p * (1 - target) + not_p * target;
-    const T slope = p * not_p;                // dp/dx
-    const T q_x = slope * (1 - 2 * target);   // dq/dx
-    const T q_t = not_p - p;                  // dq/dt
+    const T slope = p * not_p;               // dp/dx
+    const T q_x = slope * (1 - 2 * target);  // dq/dx
+    const T q_t = not_p - p;                 // dq/dt
     const T q_xx = slope * (not_p - p) * (1 - 2 * target);
     const T q_xt = -2 * slope;
     // q^gamma = f and its derivatives. A hard target with an underflowed q has none left to give.

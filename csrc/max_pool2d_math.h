@@ -1,8 +1,8 @@
 // The geometry and the rules of 2-D max pooling, free of torch, shared by the CPU and CUDA kernels.
 //
-// Rules, as in torch: the first of equal maxima (in row-major order of the window) wins, a NaN beats
-// every number, the last NaN wins over earlier ones, and padding never wins, not even over -inf.
-// A window cell (r, s) is numbered r * kernel_w + s.
+// Rules, as in torch: the first of equal maxima (in row-major order of the window) wins, a NaN
+// beats every number, the last NaN wins over earlier ones, and padding never wins, not even over
+// -inf. A window cell (r, s) is numbered r * kernel_w + s.
 #pragma once
 
 #include <cstdint>

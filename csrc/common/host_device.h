@@ -4,5 +4,7 @@
 #if defined(__CUDACC__)
 #define DLOPS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define DLOPS_HOST_DEVICE inline
+// Always inlined: the vector kernels compile these headers once per instruction set, and a copy
+// left out of line could be the one that the linker keeps for all of them.
+#define DLOPS_HOST_DEVICE __attribute__((always_inline)) inline
 #endif

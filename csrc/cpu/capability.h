@@ -15,12 +15,12 @@ const char* capability_name(Capability capability);
 // The function pointer DLOPS_SIMD(fill_columns, float, float) is fill_columns<capability, float,
 // float> for the machine's capability.
 #if defined(__x86_64__)
-#define DLOPS_SIMD(function, ...)                                               \
-  (::dlops::cpu::capability() == ::dlops::cpu::kAvx512                          \
-       ? &function<::dlops::cpu::kAvx512 __VA_OPT__(, ) __VA_ARGS__>            \
-       : ::dlops::cpu::capability() == ::dlops::cpu::kAvx2                      \
-             ? &function<::dlops::cpu::kAvx2 __VA_OPT__(, ) __VA_ARGS__>        \
-             : &function<::dlops::cpu::kBaseline __VA_OPT__(, ) __VA_ARGS__>)
+#define DLOPS_SIMD(function, ...)                                    \
+  (::dlops::cpu::capability() == ::dlops::cpu::kAvx512               \
+       ? &function<::dlops::cpu::kAvx512 __VA_OPT__(, ) __VA_ARGS__> \
+   : ::dlops::cpu::capability() == ::dlops::cpu::kAvx2               \
+       ? &function<::dlops::cpu::kAvx2 __VA_OPT__(, ) __VA_ARGS__>   \
+       : &function<::dlops::cpu::kBaseline __VA_OPT__(, ) __VA_ARGS__>)
 #else
 #define DLOPS_SIMD(function, ...) (&function<::dlops::cpu::kBaseline __VA_OPT__(, ) __VA_ARGS__>)
 #endif

@@ -1,0 +1,381 @@
+// Convolution on the CPU: im2col panels that stay in cache, multiplied by a library's matrix
+// product (matmul.h). conv2d_panels.h says what is multiplied with what.
+//
+// The cut into panels depends on the shapes alone, never on the number of threads, and every sum
+// has one fixed order: the same call gives the same bits on any number of threads.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common/checks.h"
+#include "cpu/conv2d_panels.h"
+#include "cpu/matmul.h"
+#include "cpu/scratch.h"
+
+namespace dlops::cpu {
+namespace {
+
+// Multiply-adds below which waking another thread costs more than it saves.
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+int64_t grain(int64_t work_per_task) {
+  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
+}
+
+at::MemoryFormat memory_format(const at::Tensor& a, const at::Tensor& b) {
+  const bool last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                    b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// The type that products of `dtype` are summed in.
+at::ScalarType sum_type(at::ScalarType dtype) { return at::toOpMathType(dtype); }
+
+// weight as (groups, Og, Cg, R, S), in the type of the sums.
+at::Tensor grouped_weight(const at::Tensor& weight, const Conv2dGeometry& g) {
+  return weight.to(sum_type(weight.scalar_type()))
+      .contiguous()
+      .view({g.groups, g.outputs_per_group(), g.channels_per_group(), g.R, g.S});
+}
+
+// The weight of each channel block as a contiguous (groups, R S c, Og) or, for grad_input,
+// (groups, Og, R S c) matrix: the order in which a channels_last panel holds its columns.
+std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Conv2dGeometry& g,
+                                              const ChannelBlocks& blocks, bool outputs_first) {
+  std::vector<at::Tensor> result;
+  for (int64_t i = 0; i < blocks.count(); ++i) {
+    const Interval c = blocks[i];
+    const at::Tensor part = grouped_weight(weight, g).narrow(2, c.begin, c.end - c.begin);
+    result.push_back((outputs_first ? part.permute({0, 1, 3, 4, 2}) : part.permute({0, 3, 4, 2, 1}))
+                         .contiguous());
+  }
+  return result;
+}
+
+// ------------------------------------------------------------------------------------ forward
+
+template <class scalar_t, bool last>
+void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
+             const at::Tensor& bias, const at::Tensor& output) {
+  using sum_t = at::opmath_type<scalar_t>;
+  const Panels<scalar_t, last> panels{g};
+  const int64_t Og = g.outputs_per_group(), cells = g.R * g.S;
+  const PixelBlocks pixels(g, pixels_per_panel(g));
+  const ChannelBlocks channels(g.channels_per_group(), cells, kPanelElements / kMinPixels);
+  // A few large pixel blocks alone would leave threads idle: then the outputs are split as well.
+  const int64_t wanted = ceil_div(8, std::max<int64_t>(1, pixels.count() * g.groups));
+  const int64_t outputs = std::max<int64_t>(std::min<int64_t>(Og, 64), ceil_div(Og, wanted));
+  const int64_t splits = ceil_div(Og, outputs);
+
+  const std::vector<at::Tensor> weights = last ? channels_last_weights(weight, g, channels, false)
+                                               : std::vector<at::Tensor>{grouped_weight(weight, g)};
+  const scalar_t* input_data = input.const_data_ptr<scalar_t>();
+  const sum_t* bias_data = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
+  scalar_t* output_data = output.mutable_data_ptr<scalar_t>();
+  const int64_t panel = channels.size * cells * pixels.max_pixels();
+  const int64_t product = outputs * pixels.max_pixels();
+  const int64_t tasks = g.groups * pixels.count() * splits;
+  at::parallel_for(0, tasks, grain(product * g.column_rows()), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(product));
+    sum_t* space = scratch.take<sum_t>(panel);
+    sum_t* out = scratch.take<sum_t>(product);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t split = task % splits, group = task / splits / pixels.count();
+      const Interval q = pixels[task / splits % pixels.count()];
+      const Interval o{split * outputs, std::min(Og, (split + 1) * outputs)};
+      const int64_t P = q.end - q.begin, outs = o.end - o.begin;
+      for (int64_t i = 0; i < channels.count(); ++i) {
+        const Interval c = channels[i];
+        const int64_t K = (c.end - c.begin) * cells;
+        const Matrix<sum_t> columns = panels.columns(input_data, group, c, q, space);
+        if constexpr (last) {
+          const sum_t* w = weights[i].template const_data_ptr<sum_t>() + group * K * Og + o.begin;
+          matmul(P, outs, K, columns.data, columns.ld, w, Og, out, outs, i > 0);
+        } else {
+          const sum_t* w = weights[0].template const_data_ptr<sum_t>() +
+                           (group * Og + o.begin) * g.column_rows() + c.begin * cells;
+          matmul(outs, P, K, w, g.column_rows(), columns.data, columns.ld, out, P, i > 0);
+        }
+      }
+      panels.store({out, last ? outs : P}, bias_data, group, o, q, output_data);
+    }
+  });
+}
+
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_like(weight, "weight", input, "input", "conv2d");
+  const Conv2dGeometry g =
+      conv2d_geometry(input.sizes(), weight.sizes(), {stride, padding, dilation, groups}, "conv2d");
+  at::Tensor sum_bias;
+  if (bias.has_value() && bias->defined()) {
+    check_like(*bias, "bias", input, "input", "conv2d");
+    check_sizes(*bias, "bias", {g.O}, "conv2d");
+    sum_bias = bias->to(sum_type(bias->scalar_type())).contiguous();
+  }
+  const at::MemoryFormat format = memory_format(input, weight);
+  at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW}, input.options().memory_format(format));
+  if (output.numel() == 0) return output;
+  if (g.C == 0) {
+    sum_bias.defined() ? output.copy_(sum_bias.view({1, g.O, 1, 1})) : output.zero_();
+    return output;
+  }
+  const at::Tensor dense = input.contiguous(format);
+  AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
+      at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d", [&] {
+        if (format == at::MemoryFormat::ChannelsLast) {
+          forward<scalar_t, true>(g, dense, weight, sum_bias, output);
+        } else {
+          forward<scalar_t, false>(g, dense, weight, sum_bias, output);
+        }
+      });
+  return output;
+}
+
+// --------------------------------------------------------------------------------- grad_input
+
+template <class scalar_t, bool last>
+void grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& weight,
+                const at::Tensor& result) {
+  using sum_t = at::opmath_type<scalar_t>;
+  const Panels<scalar_t, last> panels{g};
+  const int64_t Og = g.outputs_per_group(), Cg = g.channels_per_group(), cells = g.R * g.S;
+  // A task owns some channels of whole images, so that no two threads add to the same element.
+  const PixelBlocks images(g, kMinPixels, /*whole_images=*/true);
+  const ChannelBlocks channels(Cg, cells, kPanelElements / kMinPixels);
+  const int64_t strip = std::min<int64_t>(images.max_pixels(), kMinPixels);
+
+  const std::vector<at::Tensor> weights =
+      last ? channels_last_weights(weight, g, channels, true)
+           : std::vector<at::Tensor>{grouped_weight(weight, g)
+                                         .view({g.groups, Og, Cg * cells})
+                                         .transpose(1, 2)
+                                         .contiguous()};
+  // Sums of a low-precision type are kept in float32 until all of them are in.
+  const bool same_type = std::is_same_v<scalar_t, sum_t>;
+  const at::Tensor sums =
+      same_type ? result
+                : at::empty_like(result, result.options().dtype(sum_type(result.scalar_type())));
+  sums.zero_();
+  const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
+  sum_t* sum_data = sums.mutable_data_ptr<sum_t>();
+  const int64_t panel = channels.size * cells * strip;
+  const int64_t tasks = images.count() * g.groups * channels.count();
+  const int64_t work = images.max_pixels() * channels.size * cells * Og;
+  at::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(Og * strip));
+    sum_t* columns = scratch.take<sum_t>(panel);
+    sum_t* space = scratch.take<sum_t>(Og * strip);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task % channels.count(), group = task / channels.count() % g.groups;
+      const Interval c = channels[i], image = images[task / channels.count() / g.groups];
+      const int64_t K = (c.end - c.begin) * cells, c0 = group * Cg + c.begin;
+      for (int64_t q0 = image.begin; q0 < image.end; q0 += strip) {
+        const Interval q{q0, std::min(image.end, q0 + strip)};
+        const int64_t P = q.end - q.begin;
+        const ColumnBlock block{c0, c0 + c.end - c.begin, q.begin, q.end};
+        const Matrix<sum_t> grad = panels.outputs(grad_data, group, q, space);
+        if constexpr (last) {
+          const sum_t* w = weights[i].template const_data_ptr<sum_t>() + group * Og * K;
+          matmul(P, K, Og, grad.data, grad.ld, w, K, columns, K, false);
+          DLOPS_SIMD(scatter_columns_last, sum_t, sum_t)(g, block, columns, K, sum_data);
+        } else {
+          const sum_t* w =
+              weights[0].template const_data_ptr<sum_t>() + (group * Cg + c.begin) * cells * Og;
+          matmul(K, P, Og, w, Og, grad.data, grad.ld, columns, P, false);
+          DLOPS_SIMD(scatter_columns, sum_t, sum_t)(g, block, columns, P, sum_data);
+        }
+      }
+    }
+  });
+  if (!same_type) result.copy_(sums);
+}
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
+                             at::IntArrayRef input_size, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_like(weight, "weight", grad_output, "grad_output", "conv2d_grad_input");
+  const Conv2dGeometry g = conv2d_geometry(
+      input_size, weight.sizes(), {stride, padding, dilation, groups}, "conv2d_grad_input");
+  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_input");
+  const at::MemoryFormat format = memory_format(grad_output, weight);
+  at::Tensor result = at::empty(input_size, grad_output.options().memory_format(format));
+  if (result.numel() == 0) return result;
+  const at::Tensor dense = grad_output.contiguous(format);
+  AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
+                                         "conv2d_grad_input", [&] {
+                                           if (format == at::MemoryFormat::ChannelsLast) {
+                                             grad_input<scalar_t, true>(g, dense, weight, result);
+                                           } else {
+                                             grad_input<scalar_t, false>(g, dense, weight, result);
+                                           }
+                                         });
+  return result;
+}
+
+// -------------------------------------------------------------------------------- grad_weight
+
+// Independent parts of the sum over pixels: enough to keep threads busy, few enough to stay small.
+int64_t pixel_chunks(const Conv2dGeometry& g, int64_t blocks, int64_t tasks_per_chunk) {
+  constexpr int64_t kTasks = 32, kPartialElements = 256 * 1024;
+  const int64_t weight_elements = std::max<int64_t>(1, g.O * g.column_rows());
+  const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, tasks_per_chunk));
+  return std::max<int64_t>(1, std::min({wanted, blocks, kPartialElements / weight_elements}));
+}
+
+template <class scalar_t, bool last>
+void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
+                 const at::Tensor& result) {
+  using sum_t = at::opmath_type<scalar_t>;
+  const Panels<scalar_t, last> panels{g};
+  const int64_t Og = g.outputs_per_group(), Cg = g.channels_per_group(), cells = g.R * g.S;
+  const PixelBlocks pixels(g, pixels_per_panel(g));
+  const ChannelBlocks channels(Cg, cells, kPanelElements / kMinPixels);
+  const int64_t chunks = pixel_chunks(g, pixels.count(), g.groups * channels.count());
+  const int64_t tasks = chunks * g.groups * channels.count();
+
+  // One chunk's sums: for each group and channel block a K x Og (channels_last: Og x K) matrix.
+  const at::Tensor sums =
+      at::zeros({chunks, g.O * Cg * cells}, result.options().dtype(sum_type(result.scalar_type())));
+  sum_t* sum_data = sums.mutable_data_ptr<sum_t>();
+  const scalar_t* input_data = input.const_data_ptr<scalar_t>();
+  const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
+  const int64_t panel = channels.size * cells * pixels.max_pixels();
+  const int64_t flipped = Og * pixels.max_pixels();
+  const int64_t work = g.N * g.output_pixels() / chunks * channels.size * cells * Og;
+  at::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
+    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(flipped));
+    sum_t* column_space = scratch.take<sum_t>(panel);
+    sum_t* grad_space = scratch.take<sum_t>(flipped);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task % channels.count(), group = task / channels.count() % g.groups;
+      const int64_t chunk = task / channels.count() / g.groups;
+      const Interval c = channels[i];
+      const int64_t K = (c.end - c.begin) * cells;
+      sum_t* sum = sum_data + (chunk * g.O + group * Og) * Cg * cells + c.begin * cells * Og;
+      for (int64_t b = chunk * pixels.count() / chunks; b < (chunk + 1) * pixels.count() / chunks;
+           ++b) {
+        const Interval q = pixels[b];
+        const int64_t P = q.end - q.begin;
+        const Matrix<sum_t> columns = panels.columns(input_data, group, c, q, column_space);
+        const Matrix<sum_t> grad = panels.outputs_transposed(grad_data, group, q, grad_space);
+        if constexpr (last) {
+          matmul(Og, K, P, grad.data, grad.ld, columns.data, columns.ld, sum, K, true);
+        } else {
+          matmul(K, Og, P, columns.data, columns.ld, grad.data, grad.ld, sum, Og, true);
+        }
+      }
+    }
+  });
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
+  const at::Tensor grouped = result.view({g.groups, Og, Cg, g.R, g.S});
+  const at::Tensor groups_sums = sums[0].view({g.groups, Og * Cg * cells});
+  for (int64_t i = 0; i < channels.count(); ++i) {
+    const int64_t c0 = channels[i].begin, count = channels[i].end - c0;
+    const at::Tensor part = groups_sums.narrow(1, c0 * cells * Og, count * cells * Og);
+    grouped.narrow(2, c0, count)
+        .copy_(last ? part.view({g.groups, Og, g.R, g.S, count}).permute({0, 1, 4, 2, 3})
+                    : part.view({g.groups, count, g.R, g.S, Og}).permute({0, 4, 1, 2, 3}));
+  }
+}
+
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input,
+                              at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_like(input, "input", grad_output, "grad_output", "conv2d_grad_weight");
+  check_dim(input, "input", 4, "conv2d_grad_weight");
+  check_dim(grad_output, "grad_output", 4, "conv2d_grad_weight");
+  const auto kernel = check_list<2>(kernel_size, "kernel_size", 1, "conv2d_grad_weight");
+  TORCH_CHECK(groups > 0, "conv2d_grad_weight: groups must be greater than zero, got ", groups);
+  const std::vector<int64_t> weight_size{grad_output.size(1), input.size(1) / groups, kernel[0],
+                                         kernel[1]};
+  const Conv2dGeometry g = conv2d_geometry(
+      input.sizes(), weight_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
+  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_weight");
+  at::Tensor result = at::empty(weight_size, grad_output.options());
+  if (result.numel() == 0) return result;
+  if (g.N == 0) return result.zero_();
+  const at::MemoryFormat format = memory_format(input, grad_output);
+  const at::Tensor dense_input = input.contiguous(format);
+  const at::Tensor dense_grad = grad_output.contiguous(format);
+  AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
+      at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
+        if (format == at::MemoryFormat::ChannelsLast) {
+          grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
+        } else {
+          grad_weight<scalar_t, false>(g, dense_grad, dense_input, result);
+        }
+      });
+  return result;
+}
+
+// ---------------------------------------------------------------------------------- grad_bias
+
+template <class scalar_t>
+void grad_bias_contiguous(const at::Tensor& grad_output, const at::Tensor& result) {
+  using sum_t = at::opmath_type<scalar_t>;
+  const int64_t N = grad_output.size(0), O = grad_output.size(1);
+  const int64_t plane = grad_output.size(2) * grad_output.size(3);
+  const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
+  scalar_t* out = result.mutable_data_ptr<scalar_t>();
+  const auto sum_plane = DLOPS_SIMD(sum_row, scalar_t, sum_t);
+  at::parallel_for(0, O, grain(N * plane), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      sum_t sum(0);
+      for (int64_t n = 0; n < N; ++n) sum += sum_plane(grad + (n * O + o) * plane, plane);
+      out[o] = static_cast<scalar_t>(sum);
+    }
+  });
+}
+
+template <class scalar_t>
+void grad_bias_last(const at::Tensor& grad_output, const at::Tensor& result) {
+  using sum_t = at::opmath_type<scalar_t>;
+  constexpr int64_t kPixels = 1024;
+  const int64_t O = grad_output.size(1), pixels = grad_output.numel() / O;
+  const int64_t chunks = ceil_div(pixels, kPixels);
+  const at::Tensor sums =
+      at::zeros({chunks, O}, result.options().dtype(sum_type(result.scalar_type())));
+  const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
+  sum_t* sum_data = sums.mutable_data_ptr<sum_t>();
+  const auto add_pixel = DLOPS_SIMD(add_row, scalar_t, sum_t);
+  at::parallel_for(0, chunks, grain(kPixels * O), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin * kPixels; p < std::min(pixels, end * kPixels); ++p)
+      add_pixel(grad + p * O, sum_data + p / kPixels * O, O);
+  });
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
+  result.copy_(sums[0]);
+}
+
+at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {
+  check_dim(grad_output, "grad_output", 4, "conv2d_grad_bias");
+  at::Tensor result = at::empty({grad_output.size(1)}, grad_output.options());
+  if (grad_output.numel() == 0) return result.zero_();
+  const at::MemoryFormat format = grad_output.suggest_memory_format();
+  const at::Tensor dense = grad_output.contiguous(format);
+  AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
+                                         "conv2d_grad_bias", [&] {
+                                           if (format == at::MemoryFormat::ChannelsLast) {
+                                             grad_bias_last<scalar_t>(dense, result);
+                                           } else {
+                                             grad_bias_contiguous<scalar_t>(dense, result);
+                                           }
+                                         });
+  return result;
+}
+
+}  // namespace
+}  // namespace dlops::cpu
+
+TORCH_LIBRARY_IMPL(dlops, CPU, m) {
+  m.impl("conv2d", &dlops::cpu::conv2d);
+  m.impl("conv2d_grad_input", &dlops::cpu::conv2d_grad_input);
+  m.impl("conv2d_grad_weight", &dlops::cpu::conv2d_grad_weight);
+  m.impl("conv2d_grad_bias", &dlops::cpu::conv2d_grad_bias);
+}

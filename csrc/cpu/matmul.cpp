@@ -1,0 +1,76 @@
+#include "cpu/matmul.h"
+
+#include <ATen/Context.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <c10/util/complex.h>
+
+#include <type_traits>
+
+namespace dlops::cpu {
+namespace {
+
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+// oneDNN has no query for it, so one small product is tried.
+bool brgemm_works() {
+  static const bool works = [] {
+    float a[16] = {}, b[256] = {}, c[16] = {};
+    try {
+      at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c, false);
+      return true;
+    } catch (const c10::Error&) {
+      return false;
+    }
+  }();
+  return works && at::globalContext().userEnabledMkldnn();
+}
+#endif
+
+// A view of memory that the caller owns.
+template <class scalar_t>
+at::Tensor matrix(const scalar_t* data, int64_t rows, int64_t cols, int64_t ld) {
+  return at::from_blob(const_cast<scalar_t*>(data), {rows, cols}, {ld, 1},
+                       at::TensorOptions(c10::CppTypeToScalarType<scalar_t>::value));
+}
+
+}  // namespace
+
+template <class scalar_t>
+void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
+            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate) {
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    if (brgemm_works()) {
+      at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
+      return;
+    }
+  }
+#endif
+  at::AutoDispatchBelowAutograd below_autograd;
+  at::Tensor product = matrix(c, m, n, ldc);
+  if (accumulate) {
+    product.addmm_(matrix(a, m, k, lda), matrix(b, k, n, ldb));
+  } else {
+    at::mm_out(product, matrix(a, m, k, lda), matrix(b, k, n, ldb));
+  }
+}
+
+#define DLOPS_INSTANTIATE(scalar_t)                                                   \
+  template void matmul<scalar_t>(int64_t, int64_t, int64_t, const scalar_t*, int64_t, \
+                                 const scalar_t*, int64_t, scalar_t*, int64_t, bool);
+
+DLOPS_INSTANTIATE(double)
+DLOPS_INSTANTIATE(float)
+DLOPS_INSTANTIATE(c10::complex<double>)
+DLOPS_INSTANTIATE(c10::complex<float>)
+DLOPS_INSTANTIATE(int64_t)
+DLOPS_INSTANTIATE(int32_t)
+DLOPS_INSTANTIATE(int16_t)
+DLOPS_INSTANTIATE(int8_t)
+DLOPS_INSTANTIATE(uint8_t)
+
+}  // namespace dlops::cpu

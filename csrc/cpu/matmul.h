@@ -1,0 +1,15 @@
+// The library matrix product that the convolution's panels go through.
+#pragma once
+
+#include <cstdint>
+
+namespace dlops::cpu {
+
+// C = A B, or C += A B. Row-major: A is m x k with rows `lda` apart, and so on. Runs on the calling
+// thread alone. For float32 this is oneDNN's BRGEMM micro-kernel where the machine has it, which
+// takes panels as they are; every other case is at::mm.
+template <class scalar_t>
+void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
+            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate);
+
+}  // namespace dlops::cpu

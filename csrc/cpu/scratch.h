@@ -1,0 +1,54 @@
+// Working memory that a thread keeps between calls: fresh pages cost more than the work done in
+// them, and what one op leaves behind the next one reuses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace dlops::cpu {
+
+// Hands out parts of one buffer per thread. The buffer grows to what has been asked for, and is
+// valid until the thread's next Scratch.
+class Scratch {
+ public:
+  // `bytes` in all, the sum of Scratch::size<T>(count) over the parts.
+  explicit Scratch(int64_t bytes) {
+    thread_local Buffer buffer;
+    next_ = buffer.reserve(static_cast<size_t>(bytes));
+  }
+  template <class T>
+  static int64_t size(int64_t count) {
+    return (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+  }
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(next_);
+    next_ += size<T>(count);
+    return part;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  struct Buffer {
+    std::byte* data = nullptr;
+    size_t bytes = 0;
+    ~Buffer() { std::free(data); }
+    std::byte* reserve(size_t wanted) {
+      if (wanted > bytes) {
+        std::free(data);
+        bytes = 0;
+        data = static_cast<std::byte*>(
+            std::aligned_alloc(kAlign, (wanted + kAlign - 1) / kAlign * kAlign));
+        if (data == nullptr) throw std::bad_alloc();
+        bytes = wanted;
+      }
+      return data;
+    }
+  };
+  std::byte* next_;
+};
+
+}  // namespace dlops::cpu

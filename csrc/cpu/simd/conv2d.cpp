@@ -1,0 +1,266 @@
+#include "cpu/simd/conv2d.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <c10/util/complex.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace dlops::cpu {
+namespace {
+
+// A run of output pixels in one image row, and where its first one stands in the block.
+struct PixelRun {
+  int64_t n, oh, ow0, ow1, offset;
+};
+
+// Calls f(PixelRun) for the rows that [q0, q1) touches, in order.
+template <class F>
+void for_each_run(const Conv2dGeometry& g, int64_t q0, int64_t q1, const F& f) {
+  int64_t row = q0 / g.OW;
+  int64_t ow = q0 % g.OW;
+  for (int64_t q = q0; q < q1;) {
+    const int64_t count = std::min(g.OW - ow, q1 - q);
+    f(PixelRun{row / g.OH, row % g.OH, ow, ow + count, q - q0});
+    q += count;
+    ow = 0;
+    ++row;
+  }
+}
+
+// Calls f(r, s, row number) for the rows of one channel of a contiguous block.
+template <class F>
+void for_each_cell(const Conv2dGeometry& g, const F& f) {
+  for (int64_t r = 0; r < g.R; ++r)
+    for (int64_t s = 0; s < g.S; ++s) f(r, s);
+}
+
+template <class input_t, class column_t>
+void copy_strided(const input_t* from, int64_t step, column_t* to, int64_t count) {
+  if (step == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[i]);
+  } else if (step == 2) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[2 * i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[step * i]);
+  }
+}
+
+template <class column_t, class input_t>
+void add_strided(const column_t* from, input_t* to, int64_t step, int64_t count) {
+  if (step == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] += static_cast<input_t>(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[step * i] += static_cast<input_t>(from[i]);
+  }
+}
+
+// The kernel columns [s0, s1) whose input column lies in the image, for output column ow.
+Interval inside_cells(const Conv2dGeometry& g, int64_t ow) {
+  const int64_t start = g.input_col(ow, 0);
+  int64_t begin = start >= 0 ? 0 : ceil_div(-start, g.dilation_w);
+  int64_t end = start >= g.W ? 0 : std::min(g.S, ceil_div(g.W - start, g.dilation_w));
+  return {std::min(begin, end), end};
+}
+
+}  // namespace
+
+template <int capability, class input_t, class column_t>
+void fill_columns(const Conv2dGeometry& g, const ColumnBlock& block, const input_t* input,
+                  column_t* columns, int64_t ld) {
+  for (int64_t c = block.c0; c < block.c1; ++c) {
+    for_each_cell(g, [&](int64_t r, int64_t s) {
+      const Interval inside = inside_columns(g, s);
+      for_each_run(g, block.q0, block.q1, [&](const PixelRun& run) {
+        column_t* to = columns + run.offset;
+        const int64_t count = run.ow1 - run.ow0;
+        const int64_t ih = g.input_row(run.oh, r);
+        if (!g.row_inside(ih)) {
+          std::fill_n(to, count, column_t(0));
+          return;
+        }
+        const int64_t begin = std::clamp(inside.begin, run.ow0, run.ow1);
+        const int64_t end = std::clamp(inside.end, begin, run.ow1);
+        const input_t* row = input + ((run.n * g.C + c) * g.H + ih) * g.W;
+        std::fill_n(to, begin - run.ow0, column_t(0));
+        if (begin < end)
+          copy_strided(row + g.input_col(begin, s), g.stride_w, to + (begin - run.ow0),
+                       end - begin);
+        std::fill_n(to + (end - run.ow0), run.ow1 - end, column_t(0));
+      });
+      columns += ld;
+    });
+  }
+}
+
+template <int capability, class column_t, class input_t>
+void scatter_columns(const Conv2dGeometry& g, const ColumnBlock& block, const column_t* columns,
+                     int64_t ld, input_t* input) {
+  for (int64_t c = block.c0; c < block.c1; ++c) {
+    for_each_cell(g, [&](int64_t r, int64_t s) {
+      const Interval inside = inside_columns(g, s);
+      for_each_run(g, block.q0, block.q1, [&](const PixelRun& run) {
+        const int64_t ih = g.input_row(run.oh, r);
+        const int64_t begin = std::max(inside.begin, run.ow0);
+        const int64_t end = std::min(inside.end, run.ow1);
+        if (!g.row_inside(ih) || begin >= end) return;
+        input_t* row = input + ((run.n * g.C + c) * g.H + ih) * g.W;
+        add_strided(columns + run.offset + (begin - run.ow0), row + g.input_col(begin, s),
+                    g.stride_w, end - begin);
+      });
+      columns += ld;
+    });
+  }
+}
+
+template <int capability, class input_t, class column_t>
+void fill_columns_last(const Conv2dGeometry& g, const ColumnBlock& block, const input_t* input,
+                       column_t* columns, int64_t ld) {
+  const int64_t channels = block.c1 - block.c0;
+  // Neighbouring kernel cells are neighbours in memory too, so they are copied as one run.
+  const bool joined = g.dilation_w == 1 && channels == g.C;
+  for_each_run(g, block.q0, block.q1, [&](const PixelRun& run) {
+    for (int64_t ow = run.ow0; ow < run.ow1; ++ow) {
+      column_t* to = columns + (run.offset + ow - run.ow0) * ld;
+      const Interval inside = inside_cells(g, ow);
+      for (int64_t r = 0; r < g.R; ++r, to += g.S * channels) {
+        const int64_t ih = g.input_row(run.oh, r);
+        if (!g.row_inside(ih)) {
+          std::fill_n(to, g.S * channels, column_t(0));
+          continue;
+        }
+        const input_t* from =
+            input + ((run.n * g.H + ih) * g.W + g.input_col(ow, inside.begin)) * g.C + block.c0;
+        std::fill_n(to, inside.begin * channels, column_t(0));
+        if (joined) {
+          copy_strided(from, 1, to + inside.begin * channels,
+                       (inside.end - inside.begin) * channels);
+        } else {
+          for (int64_t s = inside.begin; s < inside.end; ++s, from += g.dilation_w * g.C)
+            copy_strided(from, 1, to + s * channels, channels);
+        }
+        std::fill_n(to + inside.end * channels, (g.S - inside.end) * channels, column_t(0));
+      }
+    }
+  });
+}
+
+template <int capability, class column_t, class input_t>
+void scatter_columns_last(const Conv2dGeometry& g, const ColumnBlock& block,
+                          const column_t* columns, int64_t ld, input_t* input) {
+  const int64_t channels = block.c1 - block.c0;
+  for_each_run(g, block.q0, block.q1, [&](const PixelRun& run) {
+    for (int64_t ow = run.ow0; ow < run.ow1; ++ow) {
+      const column_t* from = columns + (run.offset + ow - run.ow0) * ld;
+      const Interval inside = inside_cells(g, ow);
+      for (int64_t r = 0; r < g.R; ++r, from += g.S * channels) {
+        const int64_t ih = g.input_row(run.oh, r);
+        if (!g.row_inside(ih)) continue;
+        for (int64_t s = inside.begin; s < inside.end; ++s) {
+          input_t* to = input + ((run.n * g.H + ih) * g.W + g.input_col(ow, s)) * g.C + block.c0;
+          add_strided(from + s * channels, to, 1, channels);
+        }
+      }
+    }
+  });
+}
+
+template <int capability, class from_t, class to_t>
+void convert_row(const from_t* from, to_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
+}
+
+template <int capability, class from_t, class to_t>
+void convert_row_plus(const from_t* from, from_t bias, to_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i] + bias);
+}
+
+template <int capability, class from_t, class to_t>
+void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i] + bias[i]);
+}
+
+template <int capability, class from_t, class to_t>
+void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
+               int64_t to_ld) {
+  constexpr int64_t tile = 16;  // one cache line of float32 either way
+  for (int64_t i0 = 0; i0 < rows; i0 += tile) {
+    const int64_t i1 = std::min(rows, i0 + tile);
+    for (int64_t j0 = 0; j0 < cols; j0 += tile) {
+      const int64_t j1 = std::min(cols, j0 + tile);
+      for (int64_t j = j0; j < j1; ++j)
+        for (int64_t i = i0; i < i1; ++i)
+          to[j * to_ld + i] = static_cast<to_t>(from[i * from_ld + j]);
+    }
+  }
+}
+
+template <int capability, class from_t, class sum_t>
+void add_row(const from_t* from, sum_t* sum, int64_t count) {
+  add_strided(from, sum, 1, count);
+}
+
+template <int capability, class from_t, class sum_t>
+sum_t sum_row(const from_t* from, int64_t count) {
+  constexpr int64_t lanes = 16;
+  sum_t partial[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes)
+    for (int64_t l = 0; l < lanes; ++l) partial[l] += static_cast<sum_t>(from[i + l]);
+  for (int64_t l = 0; i < count; ++i, ++l) partial[l] += static_cast<sum_t>(from[i]);
+  sum_t sum(0);
+  for (int64_t l = 0; l < lanes; ++l) sum += partial[l];
+  return sum;
+}
+
+#define DLOPS_INSTANTIATE_FILL(input_t, column_t)                                     \
+  template void fill_columns<DLOPS_CAPABILITY, input_t, column_t>(                    \
+      const Conv2dGeometry&, const ColumnBlock&, const input_t*, column_t*, int64_t); \
+  template void fill_columns_last<DLOPS_CAPABILITY, input_t, column_t>(               \
+      const Conv2dGeometry&, const ColumnBlock&, const input_t*, column_t*, int64_t);
+
+#define DLOPS_INSTANTIATE_SCATTER(column_t, input_t)                                  \
+  template void scatter_columns<DLOPS_CAPABILITY, column_t, input_t>(                 \
+      const Conv2dGeometry&, const ColumnBlock&, const column_t*, int64_t, input_t*); \
+  template void scatter_columns_last<DLOPS_CAPABILITY, column_t, input_t>(            \
+      const Conv2dGeometry&, const ColumnBlock&, const column_t*, int64_t, input_t*);
+
+// The copies between a tensor's type and the type that its products are summed in.
+#define DLOPS_INSTANTIATE_COPIES(scalar_t, sum_t)                                                 \
+  template void convert_row<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, sum_t*, int64_t); \
+  template void convert_row_plus<DLOPS_CAPABILITY, sum_t, scalar_t>(const sum_t*, sum_t,          \
+                                                                    scalar_t*, int64_t);          \
+  template void convert_row_plus_row<DLOPS_CAPABILITY, sum_t, scalar_t>(                          \
+      const sum_t*, const sum_t*, scalar_t*, int64_t);                                            \
+  template void transpose<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t, int64_t,   \
+                                                             int64_t, sum_t*, int64_t);           \
+  template void add_row<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, sum_t*, int64_t);     \
+  template sum_t sum_row<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t);
+
+#define DLOPS_INSTANTIATE(scalar_t)             \
+  DLOPS_INSTANTIATE_FILL(scalar_t, scalar_t)    \
+  DLOPS_INSTANTIATE_SCATTER(scalar_t, scalar_t) \
+  DLOPS_INSTANTIATE_COPIES(scalar_t, scalar_t)
+
+#define DLOPS_INSTANTIATE_LOW(scalar_t)      \
+  DLOPS_INSTANTIATE_FILL(scalar_t, scalar_t) \
+  DLOPS_INSTANTIATE_FILL(scalar_t, float)    \
+  DLOPS_INSTANTIATE_SCATTER(scalar_t, float) \
+  DLOPS_INSTANTIATE_COPIES(scalar_t, float)  \
+  template void convert_row<DLOPS_CAPABILITY, float, scalar_t>(const float*, scalar_t*, int64_t);
+
+DLOPS_INSTANTIATE(double)
+DLOPS_INSTANTIATE(float)
+DLOPS_INSTANTIATE(c10::complex<double>)
+DLOPS_INSTANTIATE(c10::complex<float>)
+DLOPS_INSTANTIATE(int64_t)
+DLOPS_INSTANTIATE(int32_t)
+DLOPS_INSTANTIATE(int16_t)
+DLOPS_INSTANTIATE(int8_t)
+DLOPS_INSTANTIATE(uint8_t)
+DLOPS_INSTANTIATE_FILL(bool, bool)
+DLOPS_INSTANTIATE_LOW(c10::BFloat16)
+DLOPS_INSTANTIATE_LOW(c10::Half)
+
+}  // namespace dlops::cpu

@@ -1,0 +1,435 @@
+#include "cpu/simd/focal_loss.h"
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <algorithm>
+
+#include "cpu/simd/vec_math.h"
+#include "focal_loss_math.h"
+
+// A vector's lanes are rows: a tile holds `lanes` rows, class by class, so that every sum over
+// classes is a loop over vectors, in the same order for each row, whatever its neighbours and the
+// layout.
+namespace dlops::cpu {
+namespace {
+
+template <class scalar_t>
+struct Rows {
+  using T = at::opmath_type<scalar_t>;
+  using M = VecMath<T>;
+  using V = typename M::V;
+  static constexpr int64_t lanes = V::size();
+
+  const FocalArgs<scalar_t>& args;
+  int64_t first, count;  // the rows of this tile
+  T* x;                  // logits, [class][lane]
+  T target_class[lanes], valid_lane[lanes], target_weight[lanes];
+
+  Rows(const FocalArgs<scalar_t>& args, T* space) : args(args), first(0), count(0), x(space) {}
+
+  static int64_t tile_size(int64_t classes) { return classes * lanes; }
+  int64_t offset(int64_t row) const {
+    return args.inner == 1 ? row * args.classes
+                           : row / args.inner * args.classes * args.inner + row % args.inner;
+  }
+
+  // Copies the rows' elements of a tensor like the input into a tile. Missing lanes are 0.
+  void read(const scalar_t* from, T* tile) const {
+    if (count < lanes) std::fill_n(tile, tile_size(args.classes), T(0));
+    for_each_element(
+        [&](int64_t at, int64_t element) { tile[at] = static_cast<T>(from[element]); });
+  }
+  void write(const T* tile, scalar_t* to) const {
+    for_each_element(
+        [&](int64_t at, int64_t element) { to[element] = static_cast<scalar_t>(tile[at]); });
+  }
+  // Calls f(place in the tile, place in the tensor), along the tensor's memory.
+  template <class F>
+  void for_each_element(const F& f) const {
+    if (args.inner == 1) {
+      for (int64_t l = 0; l < count; ++l)
+        for (int64_t c = 0; c < args.classes; ++c) f(c * lanes + l, (first + l) * args.classes + c);
+    } else if (first % args.inner + count <= args.inner) {
+      const int64_t start = offset(first);
+      for (int64_t c = 0; c < args.classes; ++c)
+        for (int64_t l = 0; l < count; ++l) f(c * lanes + l, start + c * args.inner + l);
+    } else {
+      for (int64_t c = 0; c < args.classes; ++c)
+        for (int64_t l = 0; l < count; ++l) f(c * lanes + l, offset(first + l) + c * args.inner);
+    }
+  }
+
+  void load(int64_t row, int64_t end) {
+    first = row;
+    count = std::min(lanes, end - row);
+    read(args.input, x);
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t t = l < count && args.target != nullptr ? args.target[first + l] : -1;
+      const bool valid = l < count && (args.target == nullptr || t != args.ignore_index);
+      valid_lane[l] = T(valid);
+      target_class[l] = T(valid ? t : -1);
+      target_weight[l] =
+          valid && args.target != nullptr && args.weight != nullptr ? args.weight[t] : T(1);
+    }
+  }
+  V valid() const { return M::ge(V::loadu(valid_lane), V(T(1))); }
+  V target() const { return V::loadu(target_class); }
+  V logit(int64_t c) const { return V::loadu(x + c * lanes); }
+  V weight(int64_t c) const { return V(args.weight == nullptr ? T(1) : args.weight[c]); }
+  // The share of class c in the smoothed target, `target` being the tile of probabilities.
+  V share(int64_t c, const T* target) const {
+    const T kept = static_cast<T>(1 - args.label_smoothing);
+    const T spread = static_cast<T>(args.label_smoothing / static_cast<double>(args.classes));
+    if (target != nullptr) return V(kept) * V::loadu(target + c * lanes) + V(spread);
+    return M::select(M::eq(this->target(), V(T(c))), V(kept + spread), V(spread));
+  }
+  bool one_class_each() const { return args.target != nullptr && args.label_smoothing == 0; }
+};
+
+// A tile's softmax. The largest logit is left out of the sum: then no digit of a probability near 1
+// is lost, nor of its complement.
+template <class scalar_t>
+struct Softmax {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  using T = typename R::T;
+  const R& rows;
+  V max, argmax;
+  V others;      // sum of exp(x - max) over the other classes
+  V log_sum;     // log(1 + others)
+  V inverse;     // 1 / (1 + others): the probability of argmax
+  V complement;  // 1 - that
+
+  // With `exps`, exp(x - max) is kept there; 0 for argmax.
+  explicit Softmax(const R& rows, T* exps = nullptr)
+      : rows(rows), max(rows.logit(0)), argmax(T(0)) {
+    for (int64_t c = 1; c < rows.args.classes; ++c) {
+      const V x = rows.logit(c), larger = x > max;
+      max = M::select(larger, x, max);
+      argmax = M::select(larger, V(T(c)), argmax);
+    }
+    others = V(T(0));
+    for (int64_t c = 0; c < rows.args.classes; ++c) {
+      // For argmax the difference is 0, or NaN where the row has no softmax.
+      const V shifted = rows.logit(c) - max;
+      const V e = M::select(is_argmax(c), shifted, M::exp(shifted));
+      others = others + e;
+      if (exps != nullptr) e.store(exps + c * R::lanes);
+    }
+    log_sum = M::log1p(others);
+    inverse = V(T(1)) / (V(T(1)) + others);
+    complement = others * inverse;
+  }
+  V is_argmax(int64_t c) const { return M::eq(argmax, V(T(c))); }
+  V log_p(V logit, V is_max) const {
+    return M::select(is_max, V(T(0)) - log_sum, (logit - max) - log_sum);
+  }
+  // phi and its derivatives for the class with this logit
+  SoftmaxFocal<M> focal(V logit, V is_max) const {
+    const V lp = log_p(logit, is_max);
+    const V not_p = M::select(is_max, complement, V(T(1)) - M::exp(lp));
+    return SoftmaxFocal<M>(lp, not_p, static_cast<T>(rows.args.gamma));
+  }
+  SoftmaxFocal<M> focal(int64_t c) const { return focal(rows.logit(c), is_argmax(c)); }
+  V p(int64_t c) const {
+    return M::select(is_argmax(c), inverse, M::exp(rows.logit(c) - max) * inverse);
+  }
+};
+
+// A vector times a factor that may be 0: then 0, even where the vector is infinite.
+template <class M>
+typename M::V weighted(typename M::V factor, typename M::V value) {
+  using V = typename M::V;
+  return M::select(M::eq(factor, V(0)), V(0), factor * value);
+}
+
+// The logits of the target classes, where each row has one.
+template <class scalar_t>
+typename Rows<scalar_t>::V target_logit(const Rows<scalar_t>& rows) {
+  using R = Rows<scalar_t>;
+  typename R::T values[R::lanes] = {};
+  for (int64_t l = 0; l < rows.count; ++l) {
+    const int64_t t = static_cast<int64_t>(rows.target_class[l]);
+    if (t >= 0) values[l] = rows.x[t * R::lanes + l];
+  }
+  return R::V::loadu(values);
+}
+
+template <class scalar_t>
+typename Rows<scalar_t>::V row_losses(const Rows<scalar_t>& rows,
+                                      const at::opmath_type<scalar_t>* target) {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  const Softmax<scalar_t> softmax(rows);
+  V loss(0);
+  if (rows.one_class_each()) {
+    const V is_max = M::eq(rows.target(), softmax.argmax);
+    loss =
+        weighted<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows), is_max).loss());
+  } else {
+    for (int64_t c = 0; c < rows.args.classes; ++c)
+      loss = loss + weighted<M>(rows.weight(c) * rows.share(c, target), softmax.focal(c).loss());
+  }
+  return M::select(rows.valid(), loss, V(0));
+}
+
+// Stores a value per row and returns their sum.
+template <class scalar_t>
+double finish(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V values, scalar_t* to) {
+  typename Rows<scalar_t>::T lane[Rows<scalar_t>::lanes];
+  values.store(lane);
+  double sum = 0;
+  for (int64_t l = 0; l < rows.count; ++l) sum += static_cast<double>(lane[l]);
+  if (to != nullptr)
+    for (int64_t l = 0; l < rows.count; ++l) to[rows.first + l] = static_cast<scalar_t>(lane[l]);
+  return sum;
+}
+
+// The upstream gradient of each row; 0 for ignored ones.
+template <class scalar_t>
+typename Rows<scalar_t>::V factors(const Rows<scalar_t>& rows, RowFactor<scalar_t> grad) {
+  using R = Rows<scalar_t>;
+  typename R::T lane[R::lanes] = {};
+  for (int64_t l = 0; l < rows.count; ++l)
+    lane[l] = static_cast<typename R::T>(
+        grad.each == nullptr ? grad.all : static_cast<double>(grad.each[rows.first + l]));
+  return R::M::select(rows.valid(), R::V::loadu(lane), typename R::V(0));
+}
+
+// Whole-tile working memory, in the order it is asked for.
+template <class scalar_t>
+struct Tiles {
+  using T = typename Rows<scalar_t>::T;
+  static constexpr int64_t kCount = 4;
+  T* x;
+  T* target;
+  T* a;
+  T* b;
+  Tiles(void* scratch, int64_t classes)
+      : x(static_cast<T*>(scratch)),
+        target(x + Rows<scalar_t>::tile_size(classes)),
+        a(target + Rows<scalar_t>::tile_size(classes)),
+        b(a + Rows<scalar_t>::tile_size(classes)) {}
+};
+
+// Calls f(rows, tile of target probabilities or null) for tiles of [begin, end).
+template <class scalar_t, class F>
+void for_each_tile(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                   const Tiles<scalar_t>& tiles, const F& f) {
+  Rows<scalar_t> rows(args, tiles.x);
+  for (int64_t row = begin; row < end; row += Rows<scalar_t>::lanes) {
+    rows.load(row, end);
+    if (args.probabilities != nullptr) rows.read(args.probabilities, tiles.target);
+    f(rows, args.probabilities != nullptr ? tiles.target : nullptr);
+  }
+}
+
+// The gradient for rows with one class each: weight * phi' * (onehot - p).
+template <class scalar_t>
+void one_class_gradient(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V factor,
+                        at::opmath_type<scalar_t>* result) {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  const Softmax<scalar_t> softmax(rows, result);
+  const V target = rows.target(), is_max = M::eq(target, softmax.argmax);
+  const SoftmaxFocal<M> focal = softmax.focal(target_logit(rows), is_max);
+  const V slope = weighted<M>(factor * V::loadu(rows.target_weight), focal.first());
+  const V minus_slope = (V(0) - slope) * softmax.inverse;
+  for (int64_t c = 0; c < rows.args.classes; ++c) {
+    const V e = M::select(softmax.is_argmax(c), V(1), V::loadu(result + c * R::lanes));
+    const V is_target = M::eq(target, V(typename R::T(c)));
+    M::select(is_target, slope * focal.not_p, minus_slope * e).store(result + c * R::lanes);
+  }
+}
+
+// The gradient for any target: g_c - p_c sum(g), g_c = weight_c share_c phi'_c.
+template <class scalar_t>
+void general_gradient(const Rows<scalar_t>& rows, const at::opmath_type<scalar_t>* target,
+                      typename Rows<scalar_t>::V factor, at::opmath_type<scalar_t>* result) {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  const Softmax<scalar_t> softmax(rows);
+  V sum(0);
+  for (int64_t c = 0; c < rows.args.classes; ++c) {
+    const V slope =
+        weighted<M>(factor * rows.weight(c) * rows.share(c, target), softmax.focal(c).first());
+    sum = sum + slope;
+    slope.store(result + c * R::lanes);
+  }
+  for (int64_t c = 0; c < rows.args.classes; ++c)
+    (V::loadu(result + c * R::lanes) - softmax.p(c) * sum).store(result + c * R::lanes);
+}
+
+// A tangent of the logits relative to its mean under the softmax, v_c - p.v, and the same divided
+// by 1 - p_c: both without cancellation where one class has nearly all of the probability.
+template <class scalar_t>
+struct Centred {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  const Softmax<scalar_t>& softmax;
+  const typename R::T* tangent;  // a tile, or null for zero
+  V at_max, max_minus_mean;
+
+  Centred(const Softmax<scalar_t>& softmax, const typename R::T* tangent)
+      : softmax(softmax), tangent(tangent), at_max(0), max_minus_mean(0) {
+    if (tangent == nullptr) return;
+    const int64_t classes = softmax.rows.args.classes;
+    for (int64_t c = 0; c < classes; ++c) at_max = M::select(softmax.is_argmax(c), raw(c), at_max);
+    for (int64_t c = 0; c < classes; ++c)
+      max_minus_mean = max_minus_mean + softmax.p(c) * (at_max - raw(c));
+  }
+  V raw(int64_t c) const { return V::loadu(tangent + c * R::lanes); }
+  V value(int64_t c) const {
+    return tangent == nullptr ? V(0) : (raw(c) - at_max) + max_minus_mean;
+  }
+  V over_complement(int64_t c, V not_p) const {
+    const V safe = M::select(M::eq(not_p, V(0)), V(1), not_p);
+    return M::select(M::eq(not_p, V(0)), V(0), value(c) / safe);
+  }
+};
+
+}  // namespace
+
+template <int capability, class scalar_t>
+int64_t focal_loss_scratch(int64_t classes) {
+  return Tiles<scalar_t>::kCount * Rows<scalar_t>::tile_size(classes) *
+         static_cast<int64_t>(sizeof(at::opmath_type<scalar_t>));
+}
+
+template <int capability, class scalar_t>
+double focal_loss_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end, scalar_t* loss,
+                       void* scratch) {
+  const Tiles<scalar_t> tiles(scratch, args.classes);
+  double sum = 0;
+  for_each_tile(args, begin, end, tiles, [&](const auto& rows, const auto* target) {
+    sum += finish(rows, row_losses(rows, target), loss);
+  });
+  return sum;
+}
+
+template <int capability, class scalar_t>
+void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                         RowFactor<scalar_t> grad, scalar_t* grad_input, scalar_t* grad_target,
+                         void* scratch) {
+  using R = Rows<scalar_t>;
+  using V = typename R::V;
+  const Tiles<scalar_t> tiles(scratch, args.classes);
+  for_each_tile(args, begin, end, tiles, [&](const R& rows, const typename R::T* target) {
+    const V factor = factors(rows, grad);
+    if (grad_input != nullptr) {
+      if (rows.one_class_each()) {
+        one_class_gradient(rows, factor, tiles.a);
+      } else {
+        general_gradient(rows, target, factor, tiles.a);
+      }
+      rows.write(tiles.a, grad_input);
+    }
+    if (grad_target == nullptr) return;
+    const Softmax<scalar_t> softmax(rows);
+    const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
+    for (int64_t c = 0; c < args.classes; ++c)
+      (factor * kept * rows.weight(c) * softmax.focal(c).loss()).store(tiles.a + c * R::lanes);
+    rows.write(tiles.a, grad_target);
+  });
+}
+
+template <int capability, class scalar_t>
+double focal_loss_jvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                           const scalar_t* tangent_input, const scalar_t* tangent_target,
+                           scalar_t* tangent, void* scratch) {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  const Tiles<scalar_t> tiles(scratch, args.classes);
+  double sum = 0;
+  for_each_tile(args, begin, end, tiles, [&](const R& rows, const typename R::T* target) {
+    if (tangent_input != nullptr) rows.read(tangent_input, tiles.a);
+    if (tangent_target != nullptr) rows.read(tangent_target, tiles.b);
+    const Softmax<scalar_t> softmax(rows);
+    const Centred<scalar_t> centred(softmax, tangent_input == nullptr ? nullptr : tiles.a);
+    const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
+    V result(0);
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const SoftmaxFocal<M> focal = softmax.focal(c);
+      result = result + weighted<M>(rows.weight(c) * rows.share(c, target), focal.first()) *
+                            centred.value(c);
+      if (tangent_target != nullptr)
+        result = result + kept * rows.weight(c) * focal.loss() * V::loadu(tiles.b + c * R::lanes);
+    }
+    sum += finish(rows, M::select(rows.valid(), result, V(0)), tangent);
+  });
+  return sum;
+}
+
+template <int capability, class scalar_t>
+void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                         RowFactor<scalar_t> grad, const scalar_t* tangent_input,
+                         const scalar_t* tangent_target, scalar_t* grad_input,
+                         scalar_t* grad_target, void* scratch) {
+  using R = Rows<scalar_t>;
+  using M = typename R::M;
+  using V = typename R::V;
+  const Tiles<scalar_t> tiles(scratch, args.classes);
+  for_each_tile(args, begin, end, tiles, [&](const R& rows, const typename R::T* target) {
+    if (tangent_input != nullptr) rows.read(tangent_input, tiles.a);
+    if (tangent_target != nullptr) rows.read(tangent_target, tiles.b);
+    const Softmax<scalar_t> softmax(rows);
+    const Centred<scalar_t> centred(softmax, tangent_input == nullptr ? nullptr : tiles.a);
+    const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
+    const V factor = factors(rows, grad);
+    // The derivative of g_c - p_c sum(g) along the tangents: dg_c - p_c sum(dg) - dp_c sum(g).
+    V slopes(0), changes(0);
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const SoftmaxFocal<M> focal = softmax.focal(c);
+      const V share = rows.weight(c) * rows.share(c, target);
+      V change =
+          weighted<M>(share, focal.second_times_not_p()) * centred.over_complement(c, focal.not_p);
+      if (tangent_target != nullptr)
+        change = change + kept * rows.weight(c) * focal.first() * V::loadu(tiles.b + c * R::lanes);
+      slopes = slopes + weighted<M>(share, focal.first());
+      changes = changes + change;
+      change.store(tiles.b + c * R::lanes);
+    }
+    if (grad_target != nullptr) {
+      for (int64_t c = 0; c < args.classes; ++c)
+        (factor * kept * rows.weight(c) * softmax.focal(c).first() * centred.value(c))
+            .store(tiles.target + c * R::lanes);
+      rows.write(tiles.target, grad_target);
+    }
+    if (grad_input == nullptr) return;
+    for (int64_t c = 0; c < args.classes; ++c) {
+      const V p = softmax.p(c);
+      const V change = V::loadu(tiles.b + c * R::lanes);
+      (factor * (change - p * changes - slopes * p * centred.value(c)))
+          .store(tiles.b + c * R::lanes);
+    }
+    rows.write(tiles.b, grad_input);
+  });
+}
+
+#define DLOPS_INSTANTIATE(scalar_t)                                                                \
+  template int64_t focal_loss_scratch<DLOPS_CAPABILITY, scalar_t>(int64_t);                        \
+  template double focal_loss_rows<DLOPS_CAPABILITY, scalar_t>(const FocalArgs<scalar_t>&, int64_t, \
+                                                              int64_t, scalar_t*, void*);          \
+  template void focal_loss_vjp_rows<DLOPS_CAPABILITY, scalar_t>(                                   \
+      const FocalArgs<scalar_t>&, int64_t, int64_t, RowFactor<scalar_t>, scalar_t*, scalar_t*,     \
+      void*);                                                                                      \
+  template double focal_loss_jvp_rows<DLOPS_CAPABILITY, scalar_t>(                                 \
+      const FocalArgs<scalar_t>&, int64_t, int64_t, const scalar_t*, const scalar_t*, scalar_t*,   \
+      void*);                                                                                      \
+  template void focal_loss_hvp_rows<DLOPS_CAPABILITY, scalar_t>(                                   \
+      const FocalArgs<scalar_t>&, int64_t, int64_t, RowFactor<scalar_t>, const scalar_t*,          \
+      const scalar_t*, scalar_t*, scalar_t*, void*);
+
+DLOPS_INSTANTIATE(double)
+DLOPS_INSTANTIATE(float)
+DLOPS_INSTANTIATE(c10::BFloat16)
+DLOPS_INSTANTIATE(c10::Half)
+
+}  // namespace dlops::cpu

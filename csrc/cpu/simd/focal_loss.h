@@ -1,0 +1,54 @@
+// Softmax focal loss over a range of rows. A row is one set of class logits: the input is
+// (N, classes, inner), row number n * inner + i holds the elements (n, c, i).
+#pragma once
+
+#include <ATen/OpMathType.h>
+
+#include <cstdint>
+
+namespace dlops::cpu {
+
+template <class scalar_t>
+struct FocalArgs {
+  const scalar_t* input;
+  const int64_t* target;                    // a class for each row, or null
+  const scalar_t* probabilities;            // like input, or null
+  const at::opmath_type<scalar_t>* weight;  // for each class, or null
+  int64_t classes, inner;
+  int64_t ignore_index;
+  double gamma, label_smoothing;
+};
+
+// What multiplies the derivatives: one factor per row, or one for all.
+template <class scalar_t>
+struct RowFactor {
+  const scalar_t* each;  // may be null
+  double all;
+};
+
+// Bytes of working memory for one thread.
+template <int capability, class scalar_t>
+int64_t focal_loss_scratch(int64_t classes);
+
+// Each computes rows [begin, end). The results are written where their pointer is not null.
+
+// Returns the sum of the losses.
+template <int capability, class scalar_t>
+double focal_loss_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end, scalar_t* loss,
+                       void* scratch);
+template <int capability, class scalar_t>
+void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                         RowFactor<scalar_t> grad, scalar_t* grad_input, scalar_t* grad_target,
+                         void* scratch);
+// Returns the sum of the tangents. Either tangent may be null, which stands for zero.
+template <int capability, class scalar_t>
+double focal_loss_jvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                           const scalar_t* tangent_input, const scalar_t* tangent_target,
+                           scalar_t* tangent, void* scratch);
+template <int capability, class scalar_t>
+void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                         RowFactor<scalar_t> grad, const scalar_t* tangent_input,
+                         const scalar_t* tangent_target, scalar_t* grad_input,
+                         scalar_t* grad_target, void* scratch);
+
+}  // namespace dlops::cpu

@@ -1,0 +1,37 @@
+// Max pooling over ranges of rows: of one plane (contiguous) or of one image (channels_last).
+//
+// cell_t is uint8_t for windows of at most 256 cells and int64_t above. `cells` may be null in the
+// forward functions: then only the values are computed.
+#pragma once
+
+#include <cstdint>
+
+#include "max_pool2d_math.h"
+
+namespace dlops::cpu {
+
+// Bytes of working memory for one thread of the contiguous functions.
+template <int capability, class scalar_t, class cell_t>
+int64_t max_pool2d_scratch(const Pool2dGeometry& g);
+
+// Output rows [oh0, oh1) of a plane. `input`, `output` and `cells` point to the plane.
+template <int capability, class scalar_t, class cell_t>
+void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const scalar_t* input,
+                     scalar_t* output, cell_t* cells, void* scratch);
+// Output rows [oh0, oh1) of a channels_last image.
+template <int capability, class scalar_t, class cell_t>
+void max_pool2d_rows_last(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const scalar_t* input,
+                          scalar_t* output, cell_t* cells);
+
+// Input rows [ih0, ih1) of the backward: each input gathers from the windows that chose it, in a
+// fixed order, and is written once.
+template <int capability, class scalar_t, class cell_t>
+void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
+                             const scalar_t* grad_output, const cell_t* cells, scalar_t* grad_input,
+                             void* scratch);
+template <int capability, class scalar_t, class cell_t>
+void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
+                                  const scalar_t* grad_output, const cell_t* cells,
+                                  scalar_t* grad_input);
+
+}  // namespace dlops::cpu

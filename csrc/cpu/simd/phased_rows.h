@@ -1,0 +1,93 @@
+// Rows of a pooled plane, padded and split by the horizontal stride, so that the inputs that
+// neighbouring windows see at the same kernel column stand next to each other, and every loop over
+// output columns is a plain vector loop whatever the stride, padding and dilation.
+//
+// Padded column x = input column + pad_w is element x / stride of phase x % stride. Output column
+// ow meets kernel column s at padded column ow * stride + s * dilation, hence at element ow +
+// offset(s) - phase start, of one phase for all ow.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "max_pool2d_math.h"
+
+namespace dlops::cpu {
+namespace {  // compiled once per instruction set, so nothing here may be shared
+
+// Elements that a vector loop may touch past the last output column.
+constexpr int64_t kRowSlack = 64;
+
+class PhasedRows {
+ public:
+  explicit PhasedRows(const Pool2dGeometry& g)
+      : g_(g),
+        width_(g.OW + (g.kernel_w - 1) * g.dilation_w / g.stride_w + 1 + kRowSlack),
+        phases_(std::min(g.stride_w, (g.kernel_w - 1) * g.dilation_w + 1)) {}
+
+  // Elements of one phased row.
+  int64_t size() const { return width_ * phases_; }
+  // Where the row's elements for kernel column s begin: element ow is output column ow's.
+  int64_t offset(int64_t s) const {
+    const int64_t x = s * g_.dilation_w;
+    return x % g_.stride_w * width_ + x / g_.stride_w;
+  }
+
+  // Splits an input row; padding becomes `padding_value`.
+  template <class from_t, class to_t>
+  void split(const from_t* row, to_t padding_value, to_t* phased) const {
+    std::fill_n(phased, size(), padding_value);
+    for_each_phase([&](int64_t first, int64_t count, int64_t at) {
+      const from_t* from = row + first;
+      to_t* to = phased + at;
+      if (g_.stride_w == 1) {
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
+      } else if (g_.stride_w == 2) {
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[2 * i]);
+      } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i * g_.stride_w]);
+      }
+    });
+  }
+
+  // The reverse; the row's columns that no window reaches get `unreached`.
+  template <class from_t, class to_t>
+  void join(const from_t* phased, to_t unreached, to_t* row) const {
+    std::fill_n(row, g_.W, unreached);
+    for_each_phase([&](int64_t first, int64_t count, int64_t at) {
+      const from_t* from = phased + at;
+      to_t* to = row + first;
+      if (g_.stride_w == 1) {
+        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
+      } else if (g_.stride_w == 2) {
+        for (int64_t i = 0; i < count; ++i) to[2 * i] = static_cast<to_t>(from[i]);
+      } else {
+        for (int64_t i = 0; i < count; ++i) to[i * g_.stride_w] = static_cast<to_t>(from[i]);
+      }
+    });
+  }
+
+ private:
+  // Calls f(first input column, how many, where they begin in the phased row) for each phase.
+  template <class F>
+  void for_each_phase(const F& f) const {
+    const int64_t stride = g_.stride_w;
+    for (int64_t phase = 0; phase < phases_; ++phase) {
+      // The first padded column of this phase that lies in the image.
+      const int64_t skipped = g_.pad_w > phase ? (g_.pad_w - phase + stride - 1) / stride : 0;
+      const int64_t first = phase + skipped * stride - g_.pad_w;
+      if (first >= g_.W) continue;
+      const int64_t count =
+          std::min((g_.W - first + stride - 1) / stride, width_ - kRowSlack - skipped);
+      if (count > 0) f(first, count, phase * width_ + skipped);
+    }
+  }
+
+  const Pool2dGeometry& g_;
+  int64_t width_;
+  int64_t phases_;  // those that a window meets: a long stride skips the rest
+};
+
+}  // namespace
+}  // namespace dlops::cpu

@@ -1,0 +1,148 @@
+"""What the ops share: argument normalisation, autocast, and how an op is called eagerly or traced."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+# at::Reduction's numbers.
+NONE, MEAN, SUM = 0, 1, 2
+REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+
+def pair(value: int | Sequence[int], name: str, op: str) -> list[int]:
+    """``value`` as [height, width]; an int or a single value stands for both."""
+    if isinstance(value, (list, tuple)):
+        if len(value) == 1:
+            return [value[0], value[0]]
+        if len(value) != 2:
+            raise RuntimeError(f"{op}: {name} must be one int or two, got {tuple(value)}")
+        return list(value)
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
+    return [value, value]
+
+
+def reduction_number(reduction: str, op: str) -> int:
+    """The number of a reduction's name, or ValueError."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}"
+        )
+    return REDUCTIONS[reduction]
+
+
+def autocast(policy: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts as torch's autocast casts the native op: to "lower_precision" or to "float32".
+
+    Outside autocast, and for float64 and non-floating tensors, nothing changes.
+    """
+    lead = next(t for t in tensors if t is not None)
+    device = lead.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device) if policy == "lower_precision" else torch.float32
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
+    """Runs an op: eagerly through its autograd.Function, traced through the registered op.
+
+    ``torch.compile`` cannot trace a Function that defines ``jvp``; the op's backward is registered
+    from the same code, so both have the same derivatives.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args)
+    return function.apply(*args)
+
+
+def differentiable(*tensors: Tensor | None) -> bool:
+    """Whether something may ask for a derivative with respect to one of ``tensors``."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def register(function: Any, name: str) -> None:
+    """Gives the raw op the derivatives and the vmap rule of its autograd.Function."""
+    torch.library.register_autograd(
+        f"dlops::{name}", function.backward, setup_context=_setup_of(function)
+    )
+    torch.library.register_vmap(f"dlops::{name}", function.vmap)
+
+
+def _setup_of(function: Any) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # Forward mode belongs to the Function: a registered op has no place to keep tensors for it.
+        ctx.save_for_forward = _keep_nothing
+        function.setup_context(ctx, inputs, output)
+
+    return setup_context
+
+
+def _keep_nothing(*tensors: Tensor | None) -> None:
+    pass
+
+
+def memory_format(*tensors: Tensor) -> torch.memory_format:
+    """channels_last where a tensor's strides say so, as the kernels decide it."""
+    last = any(
+        suggest_memory_format(tensor) == torch.channels_last
+        for tensor in tensors
+        if tensor.dim() == 4
+    )
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# --------------------------------------------------------------------------- for the losses' rules
+
+
+def any_tensor(*values: Any) -> bool:
+    return any(isinstance(value, Tensor) for value in values)
+
+
+def where_asked(grads: Any, mask: Any) -> list[Tensor | None]:
+    """The gradients that were asked for; a kernel leaves an empty tensor in place of the others."""
+    return [grad if asked else None for grad, asked in zip(grads, mask, strict=True)]
+
+
+def no_third_derivative(op: str) -> NoReturn:
+    raise NotImplementedError(f"{op} has derivatives up to the second order; a third was asked for")
+
+
+def batched(info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> list[Any]:
+    """Arguments of a vmap rule with the batch dimension of every tensor in front."""
+
+    def front(value: Any, dim: int | None) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if dim is None:
+            return value.expand(info.batch_size, *value.shape)
+        return value.movedim(dim, 0)
+
+    return [front(value, dim) for value, dim in zip(args, in_dims, strict=True)]
+
+
+def reduce_rows(losses: Tensor, reduction: int) -> Tensor:
+    """Reduces everything but the first dimension."""
+    if reduction == NONE:
+        return losses
+    flat = losses.reshape(losses.shape[0], -1)
+    return flat.mean(1) if reduction == MEAN else flat.sum(1)
+
+
+def spread_grad(grad_output: Tensor, shape: Any, reduction: int) -> Tensor:
+    """The gradient of a batch of reduced losses as that of each element."""
+    if reduction == NONE:
+        return grad_output
+    count = math.prod(shape[1:])
+    grad = grad_output.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    return grad / count if reduction == MEAN else grad

@@ -1,0 +1,349 @@
+"""Convolution: three bilinear ops, closed under differentiation.
+
+With y = conv2d(x, w), grad_input(g, w) and grad_weight(g, x) are the two transposes of the same
+bilinear map, so the derivatives of each are made of the other two, to every order and in every mode.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from dlops.ops.common import call, memory_format, register
+
+ops = torch.ops.dlops
+
+# (stride, padding as (top, left, bottom, right), dilation, groups)
+Geometry = tuple[list[int], list[int], list[int], int]
+
+
+def output_size(
+    input_size: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any
+) -> list[int]:
+    """Height and width of a convolution's output."""
+    top, left, bottom, right = padding
+    return [
+        (size + both - step * (kernel - 1) - 1) // jump + 1
+        for size, both, step, kernel, jump in zip(
+            input_size, (top + bottom, left + right), dilation, kernel_size, stride, strict=True
+        )
+    ]
+
+
+class Conv2d(Function):
+    """conv2d(input, weight, bias, stride, padding, dilation, groups)"""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        return ops.conv2d(input, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, bias, *geometry = inputs
+        need_input, need_weight = ctx.needs_input_grad[:2]
+        # Each gradient reads only the other factor.
+        ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
+        ctx.save_for_forward(input, weight)
+        ctx.geometry = geometry
+        ctx.input_size = input.shape
+        ctx.kernel_size = weight.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_input = grad_weight = grad_bias = None
+        if need_input:
+            grad_input = conv2d_grad_input(grad_output, weight, ctx.input_size, *ctx.geometry)
+        if need_weight:
+            grad_weight = conv2d_grad_weight(grad_output, input, ctx.kernel_size, *ctx.geometry)
+        if need_bias:
+            grad_bias = conv2d_grad_bias(grad_output)
+        return grad_input, grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any
+    ) -> Tensor:
+        input, weight = ctx.saved_tensors
+        if input_t is None and weight_t is None:
+            zero = torch.zeros_like(weight)
+            return conv2d(input, zero, bias_t, *ctx.geometry)
+        if input_t is None:
+            return conv2d(input, weight_t, bias_t, *ctx.geometry)
+        result = conv2d(input_t, weight, bias_t, *ctx.geometry)
+        return result if weight_t is None else result + conv2d(input, weight_t, None, *ctx.geometry)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        input, weight, bias, *geometry = args
+        input, weight = to_front(input, in_dims[0]), to_front(weight, in_dims[1])
+        if in_dims[2] is not None:  # a bias for each sample is added afterwards
+            samples = to_front(bias, in_dims[2])
+            plain, dim = Conv2d.vmap(info, (*in_dims[:2], None), input, weight, None, *geometry)
+            plain = plain.movedim(dim, 0) if dim is not None else plain
+            return plain + samples[:, None, :, None, None], 0
+        *window, groups = geometry
+        batch = info.batch_size
+        if in_dims[1] is None:
+            result = conv2d(input.flatten(0, 1), weight, bias, *geometry)
+            return result.unflatten(0, (batch, -1)), 0
+        if in_dims[0] is None:
+            stacked = join_outputs(weight, groups)
+            result = conv2d(input, stacked, None, *window, groups)
+            result = split_outputs(result, batch, groups, dim=1)
+        else:
+            result = conv2d(
+                join_channels(input), weight.flatten(0, 1), None, *window, batch * groups
+            )
+            result = result.unflatten(1, (batch, -1)).movedim(1, 0)
+        return (result if bias is None else result + bias[:, None, None]), 0
+
+
+class Conv2dGradInput(Function):
+    """conv2d_grad_input(grad_output, weight, input_size, stride, padding, dilation, groups)"""
+
+    @staticmethod
+    def forward(grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any) -> Tensor:
+        return ops.conv2d_grad_input(grad_output, weight, input_size, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_output, weight, ctx.input_size, *ctx.geometry = inputs
+        need_grad, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(grad_output if need_weight else None, weight if need_grad else None)
+        ctx.save_for_forward(grad_output, weight)
+        ctx.kernel_size = weight.shape[2:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, weight = ctx.saved_tensors
+        need_grad, need_weight = ctx.needs_input_grad[:2]
+        by_grad = by_weight = None
+        if need_grad:
+            by_grad = conv2d(grad, weight, None, *ctx.geometry)
+        if need_weight:
+            by_weight = conv2d_grad_weight(grad_output, grad, ctx.kernel_size, *ctx.geometry)
+        return by_grad, by_weight, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_t: Tensor | None, weight_t: Tensor | None, *_: Any) -> Tensor:
+        grad_output, weight = ctx.saved_tensors
+        return add(
+            grad_t is not None and conv2d_grad_input(grad_t, weight, ctx.input_size, *ctx.geometry),
+            weight_t is not None
+            and conv2d_grad_input(grad_output, weight_t, ctx.input_size, *ctx.geometry),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        grad_output, weight, input_size, *window, groups = args
+        grad_output = to_front(grad_output, in_dims[0])
+        weight = to_front(weight, in_dims[1])
+        n, *rest = input_size
+        batch = info.batch_size
+        if in_dims[1] is None:
+            result = conv2d_grad_input(
+                grad_output.flatten(0, 1), weight, [batch * n, *rest], *window, groups
+            )
+            return result.unflatten(0, (batch, n)), 0
+        if in_dims[0] is None:
+            grad_output = grad_output.expand(batch, *grad_output.shape)
+        channels, *image = rest
+        result = conv2d_grad_input(
+            join_channels(grad_output),
+            weight.flatten(0, 1),
+            [n, batch * channels, *image],
+            *window,
+            batch * groups,
+        )
+        return result.unflatten(1, (batch, channels)).movedim(1, 0), 0
+
+
+class Conv2dGradWeight(Function):
+    """conv2d_grad_weight(grad_output, input, kernel_size, stride, padding, dilation, groups)"""
+
+    @staticmethod
+    def forward(grad_output: Tensor, input: Tensor, kernel_size: Any, *geometry: Any) -> Tensor:
+        return ops.conv2d_grad_weight(grad_output, input, kernel_size, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad_output, input, ctx.kernel_size, *ctx.geometry = inputs
+        need_grad, need_input = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(grad_output if need_input else None, input if need_grad else None)
+        ctx.save_for_forward(grad_output, input)
+        ctx.input_size = input.shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output, input = ctx.saved_tensors
+        need_grad, need_input = ctx.needs_input_grad[:2]
+        by_grad = by_input = None
+        if need_grad:
+            by_grad = conv2d(input, grad, None, *ctx.geometry)
+        if need_input:
+            by_input = conv2d_grad_input(grad_output, grad, ctx.input_size, *ctx.geometry)
+        return by_grad, by_input, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_t: Tensor | None, input_t: Tensor | None, *_: Any) -> Tensor:
+        grad_output, input = ctx.saved_tensors
+        return add(
+            grad_t is not None
+            and conv2d_grad_weight(grad_t, input, ctx.kernel_size, *ctx.geometry),
+            input_t is not None
+            and conv2d_grad_weight(grad_output, input_t, ctx.kernel_size, *ctx.geometry),
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        grad_output, input, kernel_size, *window, groups = args
+        grad_output, input = to_front(grad_output, in_dims[0]), to_front(input, in_dims[1])
+        batch = info.batch_size
+        if in_dims[1] is None:
+            # One input for all: the samples' outputs stand side by side within each group.
+            stacked = grad_output.unflatten(2, (groups, -1)).movedim(0, 2).flatten(1, 3)
+            result = conv2d_grad_weight(stacked, input, kernel_size, *window, groups)
+            return split_outputs(result, batch, groups, dim=0), 0
+        if in_dims[0] is None:
+            grad_output = grad_output.expand(batch, *grad_output.shape)
+        result = conv2d_grad_weight(
+            join_channels(grad_output), join_channels(input), kernel_size, *window, batch * groups
+        )
+        return result.unflatten(0, (batch, -1)), 0
+
+
+class Conv2dGradBias(Function):
+    """conv2d_grad_bias(grad_output): the sum over images and pixels"""
+
+    @staticmethod
+    def forward(grad_output: Tensor) -> Tensor:
+        return ops.conv2d_grad_bias(grad_output)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.size = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad[:, None, None].expand(ctx.size)
+
+    @staticmethod
+    def jvp(ctx: Any, grad_t: Tensor) -> Tensor:
+        return conv2d_grad_bias(grad_t)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, int]:
+        samples = join_channels(grad_output.movedim(in_dims[0], 0))
+        return conv2d_grad_bias(samples).unflatten(0, (info.batch_size, -1)), 0
+
+
+def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return call(Conv2d, ops.conv2d.default, input, weight, bias, *geometry)
+
+
+def conv2d_grad_input(
+    grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any
+) -> Tensor:
+    args = (grad_output, weight, list(input_size), *geometry)
+    return call(Conv2dGradInput, ops.conv2d_grad_input.default, *args)
+
+
+def conv2d_grad_weight(
+    grad_output: Tensor, input: Tensor, kernel_size: Any, *geometry: Any
+) -> Tensor:
+    args = (grad_output, input, list(kernel_size), *geometry)
+    return call(Conv2dGradWeight, ops.conv2d_grad_weight.default, *args)
+
+
+def conv2d_grad_bias(grad_output: Tensor) -> Tensor:
+    return call(Conv2dGradBias, ops.conv2d_grad_bias.default, grad_output)
+
+
+# ------------------------------------------------------------------------- folding batch dimensions
+
+
+def to_front(tensor: Tensor, dim: int | None) -> Tensor:
+    return tensor if dim is None else tensor.movedim(dim, 0)
+
+
+def join_channels(tensor: Tensor) -> Tensor:
+    """(B, N, C, H, W) as (N, B C, H, W): samples become groups of channels."""
+    return tensor.movedim(0, 1).flatten(1, 2)
+
+
+def join_outputs(weight: Tensor, groups: int) -> Tensor:
+    """(B, O, ...) as (B O, ...), each group holding its outputs of every sample."""
+    return weight.unflatten(1, (groups, -1)).movedim(0, 1).flatten(0, 2)
+
+
+def split_outputs(tensor: Tensor, batch: int, groups: int, dim: int) -> Tensor:
+    """The reverse of join_outputs on dimension ``dim``; samples come to the front."""
+    return tensor.unflatten(dim, (groups, batch, -1)).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+
+
+def add(*terms: Any) -> Any:
+    """The sum of the terms that are there."""
+    present = [term for term in terms if isinstance(term, Tensor)]
+    return present[0] if len(present) == 1 else present[0] + present[1]
+
+
+# ------------------------------------------------------------------------------------ fake kernels
+
+
+@torch.library.register_fake("dlops::conv2d")
+def _(
+    input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+) -> Tensor:
+    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-D tensors")
+    torch._check(
+        input.shape[1] == weight.shape[1] * groups,
+        lambda: (
+            f"conv2d: input has {input.shape[1]} channels, weight of shape "
+            f"{tuple(weight.shape)} with groups={groups} expects {weight.shape[1] * groups}"
+        ),
+    )
+    size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    return torch.empty(
+        (input.shape[0], weight.shape[0], *size),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=memory_format(input, weight),
+    )
+
+
+@torch.library.register_fake("dlops::conv2d_grad_input")
+def _(grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any) -> Tensor:
+    return torch.empty(
+        tuple(input_size),
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=memory_format(grad_output, weight),
+    )
+
+
+@torch.library.register_fake("dlops::conv2d_grad_weight")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+) -> Tensor:
+    size = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    return grad_output.new_empty(size)
+
+
+@torch.library.register_fake("dlops::conv2d_grad_bias")
+def _(grad_output: Tensor) -> Tensor:
+    return grad_output.new_empty(grad_output.shape[1])
+
+
+register(Conv2d, "conv2d")
+register(Conv2dGradInput, "conv2d_grad_input")
+register(Conv2dGradWeight, "conv2d_grad_weight")
+register(Conv2dGradBias, "conv2d_grad_bias")
