@@ -1,0 +1,90 @@
+// What every CUDA op launches with: a functor called once per index, on the current stream, with
+// 64-bit indices.
+//
+// Only this header, cuda/sum.cuh and cuda/rows.cuh know about blocks and threads. A plain C++
+// compiler takes their counterparts from host_launch.h, which the tests bring along: then the same
+// functors and launchers run on the host, and are tested on machines that have no GPU.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/host_device.h"
+
+#if defined(__CUDACC__)
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#define DLOPS_CUDA_KEY CUDA  // the dispatch key that the ops of csrc/cuda register under
+#else
+#include "host_launch.h"
+#endif
+
+namespace dlops::cuda {
+
+#if defined(__CUDACC__)
+
+constexpr int kThreads = 256;
+
+// Blocks of kThreads for `count` indices; the loop in the kernel takes what is left.
+inline unsigned blocks_for(int64_t count) {
+  constexpr int64_t kMaxBlocks = 1 << 30;
+  return static_cast<unsigned>(std::min((count + kThreads - 1) / kThreads, kMaxBlocks));
+}
+
+template <class F>
+__global__ void __launch_bounds__(kThreads) for_each_kernel(const int64_t count, const F f) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += step)
+    f(i);
+}
+
+// Calls f(0) ... f(count - 1), in no order.
+template <class F>
+void for_each(int64_t count, const F& f) {
+  if (count == 0) return;
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  for_each_kernel<<<blocks_for(count), kThreads, 0, stream>>>(count, f);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+#endif
+
+// The data of a tensor that may be undefined.
+template <class scalar_t>
+const scalar_t* data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<scalar_t>() : nullptr;
+}
+template <class scalar_t>
+scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+// -------------------------------------------------------------------------------------- copies
+
+// Moves data of any dtype: an element, or several neighbouring ones, as plain bits.
+template <int bytes>
+struct alignas(bytes) Bits {
+  unsigned char bits[bytes];
+};
+
+// Calls f(Bits<bytes>()) for a size known at run time: 1, 2, 4, 8 or 16 bytes.
+template <class F>
+void with_bits(int64_t bytes, const F& f) {
+  switch (bytes) {
+    case 1:
+      return f(Bits<1>());
+    case 2:
+      return f(Bits<2>());
+    case 4:
+      return f(Bits<4>());
+    case 8:
+      return f(Bits<8>());
+    default:
+      return f(Bits<16>());
+  }
+}
+
+}  // namespace dlops::cuda

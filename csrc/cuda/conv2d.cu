@@ -1,0 +1,350 @@
+// Convolution on CUDA: im2col into a bounded workspace, multiplied by the library's matrix product
+// (cuBLAS, so TF32 follows torch's switches).
+//
+// Everything runs in channels_last order. The column matrix has one row per output pixel and one
+// column per (group, r, s, channel):
+//   output (pixels x O)         = columns (pixels x K)        x weight^T (K x O)
+//   grad_weight (O x K)         = grad_output^T (O x pixels)  x columns (pixels x K)
+//   grad_columns (pixels x K)   = grad_output (pixels x O)    x weight (O x K)
+// group by group, where grad_input = col2im(grad_columns). The batch is cut into chunks of whole
+// images or, where one image is too much, of some of its pixels; contiguous (NCHW) tensors are
+// reordered chunk by chunk. The cut depends on the shapes alone and every sum has one fixed order.
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "common/checks.h"
+#include "common/cuda_utils.cuh"
+#include "conv2d_math.h"
+#include "cuda/windows.cuh"
+
+namespace dlops::cuda {
+namespace {
+
+// The column matrix of some images, or of some pixels of one image.
+constexpr int64_t kWorkspaceBytes = 64 << 20;
+
+struct Chunk {
+  int64_t images;  // how many
+  int64_t pixel;   // the first output pixel of each image
+  int64_t pixels;  // how many of each
+  int64_t rows() const { return images * pixels; }
+};
+
+// One stretch of neighbouring channels of the columns per index, as plain bits: the geometry's
+// channels are counted in such stretches.
+template <class bits_t>
+struct Im2col {
+  Conv2dGeometry g;
+  Chunk chunk;
+  const bits_t* input;
+  bits_t* columns;
+
+  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
+    const int64_t Cg = g.channels_per_group();
+    int64_t rest = i / Cg;
+    const int64_t s = rest % g.S;
+    rest /= g.S;
+    const int64_t r = rest % g.R;
+    rest /= g.R;
+    const int64_t c = rest % g.groups * Cg + i % Cg;
+    rest /= g.groups;
+    const int64_t pixel = chunk.pixel + rest % chunk.pixels, n = rest / chunk.pixels;
+    const int64_t ih = g.input_row(pixel / g.OW, r), iw = g.input_col(pixel % g.OW, s);
+    const bool inside = g.row_inside(ih) && g.col_inside(iw);
+    columns[i] = inside ? input[((n * g.H + ih) * g.W + iw) * g.C + c] : bits_t{};
+  }
+};
+
+// One element of the images per index: the sum of the column elements that stand on it, added to
+// what earlier chunks of the same image gave.
+template <class sum_t, class image_t>
+struct Col2im {
+  Conv2dGeometry g;
+  Chunk chunk;
+  const sum_t* columns;
+  image_t* images;
+
+  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
+    const int64_t Cg = g.channels_per_group();
+    const int64_t c = i % g.C;
+    const int64_t w = i / g.C % g.W;
+    const int64_t h = i / g.C / g.W % g.H;
+    const int64_t n = i / g.C / g.W / g.H;
+    sum_t sum = chunk.pixel > 0 ? static_cast<sum_t>(images[i]) : sum_t(0);
+    for_each_window(h + g.pad_top, g.R, g.stride_h, g.dilation_h, g.OH, [&](int64_t oh, int64_t r) {
+      for_each_window(w + g.pad_left, g.S, g.stride_w, g.dilation_w, g.OW,
+                      [&](int64_t ow, int64_t s) {
+                        const int64_t pixel = oh * g.OW + ow - chunk.pixel;
+                        if (pixel < 0 || pixel >= chunk.pixels) return;
+                        const int64_t row = (n * chunk.pixels + pixel) * g.groups + c / Cg;
+                        sum += columns[((row * g.R + r) * g.S + s) * Cg + c % Cg];
+                      });
+    });
+    images[i] = static_cast<image_t>(sum);
+  }
+};
+
+// ------------------------------------------------------------------------------------- chunks
+
+// How a batch is cut so that the columns of one chunk, of `element_size` bytes each, fit the
+// workspace.
+struct Chunks {
+  int64_t images, pixels;
+
+  Chunks(const Conv2dGeometry& g, int64_t element_size) {
+    const int64_t pixel_bytes = g.groups * g.column_rows() * element_size;
+    const int64_t rows = std::max<int64_t>(1, kWorkspaceBytes / std::max<int64_t>(1, pixel_bytes));
+    pixels = std::min(g.output_pixels(), rows);
+    images = std::min(g.N, std::max<int64_t>(1, rows / g.output_pixels()));
+  }
+  // Calls f(first image, how many) for whole images, in order.
+  template <class F>
+  void for_each_images(const Conv2dGeometry& g, const F& f) const {
+    for (int64_t n = 0; n < g.N; n += images) f(n, std::min(images, g.N - n));
+  }
+  // Calls f(Chunk) for the parts of these images, in order.
+  template <class F>
+  void for_each_chunk(const Conv2dGeometry& g, int64_t count, const F& f) const {
+    for (int64_t p = 0; p < g.output_pixels(); p += pixels)
+      f(Chunk{count, p, std::min(pixels, g.output_pixels() - p)});
+  }
+};
+
+at::Tensor channels_last_images(const at::Tensor& tensor, int64_t n, int64_t count) {
+  return tensor.narrow(0, n, count).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+// Where a chunk of `images` (count, C, H, W) is written: the tensor itself where its memory is
+// already in channels_last order, else a buffer for it.
+at::Tensor channels_last_target(const at::Tensor& images, at::ScalarType dtype) {
+  if (images.scalar_type() == dtype && images.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return images;
+  return at::empty(images.sizes(),
+                   images.options().dtype(dtype).memory_format(at::MemoryFormat::ChannelsLast));
+}
+
+// ----------------------------------------------------------------------------------- matrices
+
+// The pixels of a chunk of channels_last images as (groups, pixels, channels / groups).
+at::Tensor pixel_matrix(const at::Tensor& images, const Conv2dGeometry& g, const Chunk& chunk) {
+  const int64_t channels = images.size(1);
+  return images.permute({0, 2, 3, 1})
+      .view({images.size(0) * images.size(2) * images.size(3), channels})
+      .narrow(0, chunk.pixel, chunk.rows())
+      .view({chunk.rows(), g.groups, channels / g.groups})
+      .transpose(0, 1);
+}
+
+// weight as (groups, O / groups, K), K running over (r, s, channel).
+at::Tensor weight_matrix(const at::Tensor& weight, const Conv2dGeometry& g) {
+  return weight.permute({0, 2, 3, 1}).reshape({g.groups, g.outputs_per_group(), g.column_rows()});
+}
+
+// result (+)= a x b, batch by batch. The result may be float32 where a and b are of low precision.
+void multiply(at::Tensor result, const at::Tensor& a, const at::Tensor& b, bool accumulate) {
+  if (result.scalar_type() == a.scalar_type()) {
+    result.baddbmm_(a, b, accumulate ? 1 : 0);
+  } else {
+    at::baddbmm_out(result, result, a, b, result.scalar_type(), accumulate ? 1 : 0);
+  }
+}
+
+bool is_pointwise(const Conv2dGeometry& g) {
+  return g.R == 1 && g.S == 1 && g.stride_h == 1 && g.stride_w == 1 && g.OH == g.H && g.OW == g.W &&
+         g.pad_top == 0 && g.pad_left == 0;
+}
+
+// The column matrix of a chunk of channels_last images as (groups, pixels, K). It lies in
+// `workspace` or, for a 1 x 1 convolution, is the images themselves.
+at::Tensor column_matrix(const at::Tensor& images, const Conv2dGeometry& g, const Chunk& chunk,
+                         const at::Tensor& workspace) {
+  if (is_pointwise(g)) return pixel_matrix(images, g, chunk);
+  // The widest stretch, a power of two, that a group's channels and the images' address allow.
+  const int64_t group_bytes = g.channels_per_group() * images.element_size();
+  const int64_t aligned = reinterpret_cast<intptr_t>(images.const_data_ptr()) | group_bytes | 16;
+  const int64_t bytes = aligned & -aligned;
+  Conv2dGeometry stretches = g;
+  stretches.C = g.C * images.element_size() / bytes;
+  with_bits(bytes, [&](auto bits) {
+    using bits_t = decltype(bits);
+    for_each(chunk.rows() * g.groups * stretches.column_rows(),
+             Im2col<bits_t>{stretches, chunk, static_cast<const bits_t*>(images.const_data_ptr()),
+                            static_cast<bits_t*>(workspace.mutable_data_ptr())});
+  });
+  return workspace.narrow(0, 0, chunk.rows()).transpose(0, 1);
+}
+
+// Memory for the columns of the largest chunk as (pixels, groups, K), empty where none is needed.
+at::Tensor column_workspace(const Conv2dGeometry& g, const Chunks& chunks,
+                            const at::TensorOptions& options) {
+  const int64_t rows = is_pointwise(g) ? 0 : chunks.images * chunks.pixels;
+  return at::empty({rows, g.groups, g.column_rows()}, options);
+}
+
+// The type that products are summed in.
+at::ScalarType sum_type(const at::Tensor& tensor) { return at::toOpMathType(tensor.scalar_type()); }
+
+at::MemoryFormat memory_format(const at::Tensor& a, const at::Tensor& b) {
+  const bool last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
+                    b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// The types that the library's matrix product takes.
+void check_dtype(const at::Tensor& tensor, const char* name, const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      at::isFloatingType(tensor.scalar_type()) || at::isComplexType(tensor.scalar_type()), op,
+      ": on CUDA ", name, " must be floating-point or complex, got ", tensor.scalar_type());
+}
+
+// ------------------------------------------------------------------------------------ forward
+
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_like(weight, "weight", input, "input", "conv2d");
+  const Conv2dGeometry g =
+      conv2d_geometry(input.sizes(), weight.sizes(), {stride, padding, dilation, groups}, "conv2d");
+  const bool has_bias = bias.has_value() && bias->defined();
+  if (has_bias) {
+    check_like(*bias, "bias", input, "input", "conv2d");
+    check_sizes(*bias, "bias", {g.O}, "conv2d");
+  }
+  check_dtype(input, "input", "conv2d");
+  const c10::DeviceGuard guard(input.device());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW},
+                                input.options().memory_format(memory_format(input, weight)));
+  if (output.numel() == 0) return output;
+  const Chunks chunks(g, input.element_size());
+  const at::Tensor workspace = column_workspace(g, chunks, input.options());
+  const at::Tensor matrix = weight_matrix(weight, g).transpose(1, 2);
+  chunks.for_each_images(g, [&](int64_t n, int64_t count) {
+    const at::Tensor images = channels_last_images(input, n, count);
+    const at::Tensor result = output.narrow(0, n, count);
+    const at::Tensor target = channels_last_target(result, output.scalar_type());
+    // The product is added to the bias before it is rounded.
+    if (has_bias) target.copy_(bias->view({1, g.O, 1, 1}));
+    chunks.for_each_chunk(g, count, [&](const Chunk& chunk) {
+      multiply(pixel_matrix(target, g, chunk), column_matrix(images, g, chunk, workspace), matrix,
+               has_bias);
+    });
+    if (!target.is_same(result)) result.copy_(target);
+  });
+  return output;
+}
+
+// --------------------------------------------------------------------------------- grad_input
+
+// images (+)= col2im(columns).
+void add_columns(const at::Tensor& columns, const Conv2dGeometry& g, const Chunk& chunk,
+                 const at::Tensor& images) {
+  AT_DISPATCH_FLOATING_AND_COMPLEX_TYPES_AND2(
+      at::kHalf, at::kBFloat16, images.scalar_type(), "conv2d_grad_input", [&] {
+        using sum_t = at::opmath_type<scalar_t>;
+        for_each(images.numel(), Col2im<sum_t, scalar_t>{g, chunk, columns.const_data_ptr<sum_t>(),
+                                                         images.mutable_data_ptr<scalar_t>()});
+      });
+}
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
+                             at::IntArrayRef input_size, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_like(weight, "weight", grad_output, "grad_output", "conv2d_grad_input");
+  const Conv2dGeometry g = conv2d_geometry(
+      input_size, weight.sizes(), {stride, padding, dilation, groups}, "conv2d_grad_input");
+  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_input");
+  check_dtype(grad_output, "grad_output", "conv2d_grad_input");
+  const c10::DeviceGuard guard(grad_output.device());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const at::MemoryFormat format = memory_format(grad_output, weight);
+  at::Tensor grad_input = at::empty(input_size, grad_output.options().memory_format(format));
+  if (grad_input.numel() == 0) return grad_input;
+  const auto sum_options = grad_output.options().dtype(sum_type(grad_output));
+  const Chunks chunks(g, static_cast<int64_t>(sum_options.dtype().itemsize()));
+  const at::Tensor workspace = column_workspace(g, chunks, sum_options);
+  const at::Tensor matrix = weight_matrix(weight, g);
+  // An image whose columns come in several chunks collects them in the type of the sums.
+  const bool whole_images = chunks.pixels == g.output_pixels() || is_pointwise(g);
+  const at::ScalarType dtype = whole_images ? grad_input.scalar_type() : sum_type(grad_output);
+  chunks.for_each_images(g, [&](int64_t n, int64_t count) {
+    const at::Tensor grad = channels_last_images(grad_output, n, count);
+    const at::Tensor result = grad_input.narrow(0, n, count);
+    const at::Tensor target = channels_last_target(result, dtype);
+    chunks.for_each_chunk(g, count, [&](const Chunk& chunk) {
+      if (is_pointwise(g)) {
+        multiply(pixel_matrix(target, g, chunk), pixel_matrix(grad, g, chunk), matrix, false);
+        return;
+      }
+      const at::Tensor columns = workspace.narrow(0, 0, chunk.rows());
+      multiply(columns.transpose(0, 1), pixel_matrix(grad, g, chunk), matrix, false);
+      add_columns(columns, g, chunk, target);
+    });
+    if (!target.is_same(result)) result.copy_(target);
+  });
+  return grad_input;
+}
+
+// -------------------------------------------------------------------------------- grad_weight
+
+at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input,
+                              at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  check_like(input, "input", grad_output, "grad_output", "conv2d_grad_weight");
+  check_dim(input, "input", 4, "conv2d_grad_weight");
+  check_dim(grad_output, "grad_output", 4, "conv2d_grad_weight");
+  const auto kernel = check_list<2>(kernel_size, "kernel_size", 1, "conv2d_grad_weight");
+  TORCH_CHECK(groups > 0, "conv2d_grad_weight: groups must be greater than zero, got ", groups);
+  const std::vector<int64_t> weight_size{grad_output.size(1), input.size(1) / groups, kernel[0],
+                                         kernel[1]};
+  const Conv2dGeometry g = conv2d_geometry(
+      input.sizes(), weight_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
+  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_weight");
+  check_dtype(grad_output, "grad_output", "conv2d_grad_weight");
+  const c10::DeviceGuard guard(grad_output.device());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor grad_weight = at::empty(weight_size, grad_output.options());
+  if (grad_weight.numel() == 0) return grad_weight;
+  if (g.N == 0) return grad_weight.zero_();
+  const Chunks chunks(g, input.element_size());
+  const at::Tensor workspace = column_workspace(g, chunks, input.options());
+  const at::Tensor sums = at::empty({g.groups, g.outputs_per_group(), g.column_rows()},
+                                    grad_output.options().dtype(sum_type(grad_output)));
+  chunks.for_each_images(g, [&](int64_t n, int64_t count) {
+    const at::Tensor images = channels_last_images(input, n, count);
+    const at::Tensor grad = channels_last_images(grad_output, n, count);
+    chunks.for_each_chunk(g, count, [&](const Chunk& chunk) {
+      multiply(sums, pixel_matrix(grad, g, chunk).transpose(1, 2),
+               column_matrix(images, g, chunk, workspace), n + chunk.pixel > 0);
+    });
+  });
+  return grad_weight.copy_(
+      sums.view({g.O, g.R, g.S, g.channels_per_group()}).permute({0, 3, 1, 2}));
+}
+
+// ---------------------------------------------------------------------------------- grad_bias
+
+at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {
+  check_dim(grad_output, "grad_output", 4, "conv2d_grad_bias");
+  const c10::DeviceGuard guard(grad_output.device());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return at::sum(grad_output, at::IntArrayRef{0, 2, 3}, /*keepdim=*/false,
+                 grad_output.scalar_type());
+}
+
+}  // namespace
+}  // namespace dlops::cuda
+
+TORCH_LIBRARY_IMPL(dlops, DLOPS_CUDA_KEY, m) {
+  m.impl("conv2d", &dlops::cuda::conv2d);
+  m.impl("conv2d_grad_input", &dlops::cuda::conv2d_grad_input);
+  m.impl("conv2d_grad_weight", &dlops::cuda::conv2d_grad_weight);
+  m.impl("conv2d_grad_bias", &dlops::cuda::conv2d_grad_bias);
+}
