@@ -160,7 +160,7 @@ def test_losses_of_both_implementations_agree(name: str) -> None:
 
 def test_dlops_leaves_no_native_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     model = impl.place(networks.build("mnist_cnn", channels=1, size=28, classes=10), "dlops")
-    kinds = [type(module) for module in model]
+    kinds = [type(module) for module in model.modules()]
     assert kinds.count(dlops.nn.Conv2d) == 4
     assert kinds.count(dlops.nn.MaxPool2d) == 2
     monkeypatch.setattr(dlops, "convert", lambda module: module)

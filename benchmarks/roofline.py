@@ -1,0 +1,52 @@
+"""The machine's limits, measured in the same run: copy bandwidth and matrix-product rate."""
+
+import time
+from functools import cache
+
+import torch
+
+from .timing import Step, time_block
+
+MIN_BYTES, MAX_BYTES = 1 << 16, 1 << 28
+
+
+class Limits:
+    """What the device does at best, measured when first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bandwidth = cache(self._bandwidth)
+        self.gemm = cache(self._gemm)
+        self.measured: dict[str, float] = {}
+
+    def seconds(self, flops: float, bytes: float, dtype: torch.dtype) -> float:
+        """The least time for so many operations and bytes: the longer of the two."""
+        # A copy of the same size: small cases live in caches that are faster than memory.
+        size = 1 << max(0, round(bytes) - 1).bit_length()
+        at_memory = bytes / self.bandwidth(min(max(size, MIN_BYTES), MAX_BYTES))
+        return max(at_memory, flops / self.gemm(dtype)) if flops else at_memory
+
+    def _bandwidth(self, bytes: int) -> float:
+        """Bytes read and written a second by a copy that moves ``bytes`` in all."""
+        source = torch.ones(bytes // 2, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        rate = bytes / self._best(lambda: target.copy_(source))
+        self.measured[f"copy of {bytes} bytes, GB/s"] = rate / 1e9
+        return rate
+
+    def _gemm(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second of a square matrix product."""
+        n = 8192 if self.device.type == "cuda" else 2048
+        a, b = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
+        rate = 2 * n**3 / self._best(lambda: torch.mm(a, b))
+        self.measured[f"{n}x{n} {str(dtype).removeprefix('torch.')} product, GFLOP/s"] = rate / 1e9
+        return rate
+
+    def _best(self, step: Step) -> float:
+        time_block(step, 2, self.device)
+        number = max(1, int(1e-3 / max(time_block(step, 1, self.device), 1e-7)))
+        end = time.perf_counter() + 0.5
+        best = time_block(step, number, self.device)
+        while time.perf_counter() < end:
+            best = min(best, time_block(step, number, self.device))
+        return best

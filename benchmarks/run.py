@@ -1,0 +1,122 @@
+"""The command line, and a run from its first case to the files that it writes."""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import bench_conv2d, bench_focal_loss, bench_max_pool2d, bench_unfold, plot, report
+from .harness import Case, Disagreement, measure
+from .machine import ROOT, context, describe
+from .roofline import Limits
+from .timing import Budget, keep_pages_mapped
+
+OPS = {
+    "conv2d": bench_conv2d.cases,
+    "max_pool2d": bench_max_pool2d.cases,
+    "focal_loss": bench_focal_loss.cases,
+    "unfold": bench_unfold.cases,
+}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks", description="Time dlops against native.")
+    add = parser.add_argument
+    add("--only", nargs="+", choices=OPS, default=list(OPS), help="some of the ops")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    add("--device", choices=["cpu", "cuda"], default="cpu")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add("--quick", action="store_true", help="one small case an op, to see that all works")
+    add("--full", action="store_true", help="every layer at batch 1, 8, 32 and 128")
+    add("--seconds", type=float, default=0.8, help="for each pass of each case (default: 0.8)")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--tf32", action="store_true", help="let both sides use TF32 on a GPU")
+    add("--show", type=Path, metavar="RESULTS.json", help="print a run's tables, time nothing")
+    add("--out", type=Path, help="path of the results without suffix (default: by what is run)")
+    return parser
+
+
+def main() -> int:
+    parser = build_parser()
+    options = parser.parse_args()
+    if options.show:
+        results = json.loads(options.show.read_text())
+        print(describe(results["context"]), report.show(results["rows"]), sep="\n")
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
+    device = torch.device(options.device)
+    prepare(device, options)
+    about = context(device)
+    print(describe(about))
+    limits = Limits(device)
+    budget = Budget(0.02, 3) if options.quick else Budget(options.seconds, 9)
+    rows: list[report.Row] = []
+    disagreements: list[str] = []
+    for dtype in options.dtype:
+        rows += run(select(options), device, dtype, limits, budget, disagreements)
+    print(report.means(rows))
+    write(output_path(options), {"context": about, "limits": limits.measured, "rows": rows})
+    for text in disagreements:
+        print(f"DISAGREES, not timed: {text}")
+    return 1 if disagreements else 0
+
+
+def prepare(device: torch.device, options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = options.tf32
+    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    if device.type == "cpu":
+        keep_pages_mapped()
+
+
+def select(options: argparse.Namespace) -> Iterator[Case]:
+    scope = "quick" if options.quick else "full" if options.full else "default"
+    for name in options.only:
+        extra = {"compiled": False} if name == "focal_loss" and options.no_compile else {}
+        yield from OPS[name](scope, **extra)
+
+
+def run(
+    cases: Iterable[Case],
+    device: torch.device,
+    dtype: str,
+    limits: Limits,
+    budget: Budget,
+    disagreements: list[str],
+) -> Iterator[report.Row]:
+    """Print a table for each op as its rows come in."""
+    op = None
+    for case in cases:
+        if case.op != op:
+            op = case.op
+            print(report.header(op, dtype), flush=True)
+        try:
+            for row in measure(case, device, getattr(torch, dtype), limits, budget):
+                print(report.line(row), flush=True)
+                yield row
+        except Disagreement as error:
+            disagreements.append(f"{case.op} {case.name} {case.layout} {dtype}: {error}")
+
+
+def output_path(options: argparse.Namespace) -> Path:
+    if options.out:
+        return options.out
+    parts = [options.device, *options.dtype]
+    parts += [] if options.only == list(OPS) else options.only
+    parts += [scope for scope in ("quick", "full", "tf32") if getattr(options, scope)]
+    return ROOT / "benchmarks" / "results" / "-".join(parts)
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    title = describe(results["context"])
+    plot.speedups(path.with_suffix(".png"), results["rows"], title)
+    print(f"\nwritten: {path.with_suffix('.json')}, {path.with_suffix('.png')}")

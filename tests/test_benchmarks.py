@@ -1,0 +1,119 @@
+"""The benchmark harness: nothing wrong is timed, and limits and tables say what they should."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import bench_conv2d, report, run  # noqa: E402
+from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
+from benchmarks.roofline import Limits  # noqa: E402
+from benchmarks.timing import Budget, interleave  # noqa: E402
+
+CPU = torch.device("cpu")
+BUDGET = Budget(seconds=0.0, min_rounds=3)
+
+
+class FixedLimits(Limits):
+    def _gemm(self, dtype: torch.dtype) -> float:
+        return 1e9
+
+    def _bandwidth(self, bytes: int) -> float:
+        return 1e8
+
+
+def square(x: Tensor) -> Tensor:
+    return x * x
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2.001 * grad * ctx.saved_tensors[0]
+
+
+def case_of(ours: Any) -> Case:
+    def build(device: torch.device, dtype: torch.dtype) -> Problem:
+        x = torch.randn(100, dtype=dtype, requires_grad=True)
+        work = {"forward": Work(1e6, 800), "forward+backward": Work(2e6, 1e6)}
+        return Problem({"native": square, "dlops": ours}, (x,), work)
+
+    return Case("square", "100", "", build)
+
+
+def test_rows() -> None:
+    rows = measure(case_of(square), CPU, torch.float32, FixedLimits(CPU), BUDGET)
+    assert [row["pass"] for row in rows] == ["forward", "forward+backward"]
+    assert rows[0]["limit_s"] == pytest.approx(1e-3)  # 1e6 operations at 1e9 a second
+    assert rows[1]["limit_s"] == pytest.approx(1e-2)  # 1e6 bytes at 1e8 a second
+    for row in rows:
+        ours, native = (row["times"][name]["median_s"] for name in ("dlops", "native"))
+        assert row["percent_of_limit"] == pytest.approx(100 * row["limit_s"] / ours)
+        assert row["speedup"] == pytest.approx(native / ours)
+        assert row["errors"]["dlops"] < 1e-6
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * x + 1e-3, WrongGradient.apply])
+def test_wrong_results_are_not_timed(wrong: Any) -> None:
+    with pytest.raises(Disagreement, match=r"^dlops: errors"):
+        measure(case_of(wrong), CPU, torch.float32, FixedLimits(CPU), BUDGET)
+
+
+def test_contenders_take_turns() -> None:
+    calls: list[str] = []
+
+    def step(name: str) -> Any:
+        def call() -> None:
+            calls.append(name)
+            time.sleep(0.003)  # longer than a block, so that a block is one call
+
+        return call
+
+    times = interleave({"a": step("a"), "b": step("b")}, CPU, Budget(seconds=0.0, min_rounds=4))
+    assert "".join(calls).endswith("abababab")
+    assert times["a"]["rounds"] == times["b"]["rounds"] == 4
+
+
+def test_convolution_work() -> None:
+    layer = bench_conv2d.Layer("net", 4, 8, 10, 3, stride=2, padding=1, groups=2)
+    problem = bench_conv2d.problem(layer, 5, "NCHW", CPU, torch.float64)
+    output = problem.contenders["native"](*problem.inputs)
+    assert problem.work["forward"].flops == 2 * output.numel() * 2 * 3 * 3
+    tensors = (*problem.inputs, output)
+    assert problem.work["forward"].bytes == sum(t.numel() * 8 for t in tensors)
+
+
+def test_command_and_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "results")
+    command = ["benchmarks", "--quick", "--no-compile", "--only", "max_pool2d", "focal_loss"]
+    monkeypatch.setattr(sys, "argv", [*command, "--out", out])
+    assert run.main() == 0
+    printed = capsys.readouterr().out
+    results = json.loads(Path(f"{out}.json").read_text())
+    assert len(results["rows"]) == 2 * (2 + 3)  # passes; layouts of pooling, forms of the loss
+    assert results["context"]["torch"] == torch.__version__
+    assert any("GB/s" in name for name in results["limits"])
+    assert Path(f"{out}.png").read_bytes().startswith(b"\x89PNG")
+    assert "max_pool2d, float32, best layout of each | 1 |" in printed
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--show", f"{out}.json"])
+    assert run.main() == 0
+    assert report.show(results["rows"]) in capsys.readouterr().out
