@@ -28,7 +28,7 @@ train: build ## train the default network on dlops' layers
 	$(PY) examples/train.py $(ARGS)
 
 test: build ## run the test suite
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest $(ARGS)
 
 bench: build ## time every op against the native one
 	$(PY) benchmarks/run.py $(ARGS)
@@ -65,7 +65,7 @@ $(VENV)/.env: pyproject.toml scripts/requirements.py | $(PY)
 
 $(VENV)/.dev: $(VENV)/.env
 	$(PY) scripts/requirements.py dev > $(VENV)/requirements-dev.txt
-	$(PIP) install -r $(VENV)/requirements-dev.txt
+	$(PIP) install --quiet -r $(VENV)/requirements-dev.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.env $(BUILD_FILES)
