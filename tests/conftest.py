@@ -1,0 +1,67 @@
+"""Markers for the kinds of test, the count of each at the end, and the settings of a run."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import hypothesis
+import pytest
+import torch
+
+KINDS = {
+    "oracle": "against the NumPy loops of dlops.reference, or those against native",
+    "native": "values and gradients against the native op, by the table of tolerances",
+    "gradcheck": "gradients against numerical ones, at PyTorch's default tolerances",
+    "exact": "bit for bit equal to native",
+    "special": "NaN, infinities, ties and extreme logits",
+    "layout": "strided inputs, memory format of the results",
+    "memory": "what is kept for the backward pass",
+    "determinism": "the same bits on every run and thread count",
+    "property": "laws that hold for any shape (hypothesis)",
+    "invalid": "bad input is refused as native refuses it",
+    "opcheck": "torch.library.opcheck on the raw operators",
+    "module": "dlops.nn, convert and revert",
+    "packaging": "install, import and build",
+}
+
+_kind_of: dict[str, str] = {}
+_outcomes: Counter[tuple[str, str]] = Counter()
+
+hypothesis.settings.register_profile(
+    "dlops", deadline=None, max_examples=25, derandomize="CI" in os.environ
+)
+hypothesis.settings.load_profile("dlops")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for kind, meaning in KINDS.items():
+        config.addinivalue_line("markers", f"{kind}: {meaning}")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_gpu = pytest.mark.skip(reason="no CUDA device: scripts/gpu_check.sh runs these on one")
+    for item in items:
+        marks = [mark.name for mark in item.iter_markers()]
+        _kind_of[item.nodeid] = next((mark for mark in marks if mark in KINDS), "other")
+        if "gpu" in marks:
+            _kind_of[item.nodeid] += " (gpu)"
+            if not torch.cuda.is_available():
+                item.add_marker(no_gpu)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    # A test that passes reports once, in its call; a failing fixture or a skip in its setup.
+    if report.when == "call" or report.outcome != "passed":
+        _outcomes[_kind_of[report.nodeid], report.outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    columns = ("passed", "failed", "skipped")
+    terminalreporter.section("tests of each kind")
+    terminalreporter.write_line(f"{'kind':<20}" + "".join(f"{name:>9}" for name in columns))
+    for kind in sorted({kind for kind, _ in _outcomes}):
+        counts = "".join(f"{_outcomes[kind, outcome]:>9}" for outcome in columns)
+        terminalreporter.write_line(f"{kind:<20}{counts}")

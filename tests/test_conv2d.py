@@ -1,0 +1,268 @@
+"""dlops.functional.conv2d: values, gradients, layouts, determinism and laws."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import native
+import pytest
+import torch
+from cases import (
+    CONV2D,
+    LARGE_CONV2D,
+    LAYOUTS,
+    SMALL_CONV2D,
+    Conv2dCase,
+    channels_last,
+    ids,
+    sliced,
+)
+from checks import (
+    cast,
+    check_against_native,
+    check_exact,
+    check_gradients,
+    check_runs_ours,
+    check_same_bits,
+    check_same_layout,
+    normal,
+    small_integers,
+    threads,
+    values_and_gradients,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import DTYPES, assert_accurate, comparable
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+import dlops.functional as F
+from dlops import reference
+
+parametrize = pytest.mark.parametrize
+
+
+def both(case: Conv2dCase) -> tuple[Any, Any]:
+    """Our convolution and native's, with the case's arguments."""
+    return partial(F.conv2d, **case.arguments()), partial(native.conv2d, **case.arguments())
+
+
+@pytest.mark.native
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("case", CONV2D, ids=ids)
+def test_native(case: Conv2dCase, dtype: torch.dtype) -> None:
+    check_against_native(*both(case), case.tensors(), dtype)
+
+
+@pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("case", CONV2D, ids=ids)
+def test_exact_on_small_integers(case: Conv2dCase, dtype: torch.dtype) -> None:
+    check_exact(*both(case), case.tensors(small_integers), dtype)
+
+
+@pytest.mark.gradcheck
+@parametrize("case", SMALL_CONV2D, ids=ids)
+def test_gradcheck(case: Conv2dCase) -> None:
+    check_gradients(both(case)[0], case.tensors())
+
+
+@pytest.mark.gradcheck
+@parametrize("layout", [sliced, channels_last], ids=["sliced", "channels_last"])
+@parametrize("case", [case for case in SMALL_CONV2D if case.id in ("3x3", "grouped")], ids=ids)
+def test_gradcheck_strided(case: Conv2dCase, layout: Any) -> None:
+    input, weight, bias = case.tensors()
+    check_gradients(both(case)[0], [layout(input), layout(weight), bias])
+
+
+@pytest.mark.oracle
+@parametrize("case", [case for case in SMALL_CONV2D if len(case.input) == 4], ids=ids)
+def test_oracle(case: Conv2dCase) -> None:
+    tensors = case.tensors()
+    ours = values_and_gradients(both(case)[0], tensors)
+    arrays = [None if x is None else x.numpy() for x in tensors]
+    value = reference.conv2d(*arrays, **case.arguments())
+    grad_output = normal(value.shape, 99).numpy()
+    truth = reference.conv2d_backward(grad_output, *arrays[:2], **case.arguments())
+    for result, oracle in zip(ours.values(), (value, *truth), strict=False):  # perhaps no bias
+        torch.testing.assert_close(result, torch.from_numpy(oracle), rtol=1e-10, atol=1e-11)
+
+
+# ---------------------------------------------------------------------------------------------
+# Layouts
+
+
+def check_layout(inputs: list[Tensor | None], dtype: torch.dtype) -> None:
+    """Values, gradients and strides as native's for inputs of these strides.
+
+    Where one of input and weight is channels_last and the other is not, a gradient may also have
+    the layout of what it is the gradient of: autograd would copy it into that one anyway.
+    """
+    case = Conv2dCase("", (), (1, 1, 1, 1), stride=(1, 2), padding=(1, 0))
+    ours, theirs = both(case)
+    inputs = cast(inputs, dtype)
+    # A cast loses strides that overlap or have gaps: float64 tests those.
+    truth = values_and_gradients(theirs, cast(inputs, torch.float64), dtype)
+    expected = values_and_gradients(theirs, inputs)
+    for name, result in values_and_gradients(ours, inputs).items():
+        assert_accurate(result, expected[name], truth[name], name)
+        if name == "value" or len({suggest_memory_format(x) for x in inputs[:2]}) == 1:
+            check_same_layout(result, expected[name], name)
+
+
+@pytest.mark.layout
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("weight_layout", ["contiguous", "channels_last", "sliced"])
+@parametrize("layout", LAYOUTS)
+def test_layout(layout: str, weight_layout: str, dtype: torch.dtype) -> None:
+    input = LAYOUTS[layout](normal((3, 4, 7, 6), 1).to(dtype))
+    weight = LAYOUTS[weight_layout](normal((5, 4, 3, 2), 2).to(dtype))
+    check_layout([input, weight, sliced(normal((5,), 3).to(dtype))], dtype)
+
+
+@pytest.mark.layout
+@parametrize("layout", LAYOUTS)
+def test_layout_unbatched(layout: str) -> None:
+    input = LAYOUTS[layout](normal((4, 7, 6), 1))
+    check_layout([input, normal((5, 4, 3, 2), 2), None], torch.float64)
+
+
+@pytest.mark.layout
+@parametrize("layout", LAYOUTS)
+@parametrize("case", [case for case in CONV2D if case.id in ("3x3", "depthwise", "deep")], ids=ids)
+def test_layout_of_grad_output(case: Conv2dCase, layout: str) -> None:
+    tensors = [x.requires_grad_() for x in case.tensors() if x is not None]
+    output = both(case)[0](*tensors)
+    grad_output = LAYOUTS[layout](normal(output.shape, 4))
+    strided = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+    plain = torch.autograd.grad(output, tensors, grad_output.contiguous())
+    torch.testing.assert_close(strided, plain, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# Special values, gradients on demand
+
+
+@pytest.mark.special
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_special_values_spread_as_in_native(value: float, dtype: torch.dtype) -> None:
+    input, weight = normal((2, 3, 9, 8), 1).to(dtype), normal((4, 3, 3, 3), 2).to(dtype)
+    input[1, 2, 4, 3] = value
+    weight[0, 2, 1, 1] = 0  # 0 * inf is NaN
+    weight[3] = 0
+    # In float64: native's bfloat16 spreads NaN beyond the windows that hold one, where it uses AMX.
+    ours, theirs = F.conv2d(input, weight), native.conv2d(input.double(), weight.double())
+    for test in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(test(ours), test(theirs))
+    assert ours[0].isfinite().all()
+
+
+@pytest.mark.native
+@parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_gradients_on_demand(needed: tuple[int, ...]) -> None:
+    """Inputs that need no gradient get none, and the others' do not change."""
+    case = SMALL_CONV2D[0]
+    ours = both(case)[0]
+    everything = values_and_gradients(ours, case.tensors())
+    tensors = [x for x in case.tensors() if x is not None]
+    for i in needed:
+        tensors[i].requires_grad_()
+    output = ours(*tensors)
+    output.backward(normal(output.shape, 99))
+    for i, x in enumerate(tensors):
+        if i in needed:
+            assert x.grad is not None
+            assert torch.equal(x.grad, everything[f"gradient {i}"])
+        else:
+            assert x.grad is None
+
+
+@pytest.mark.native
+def test_no_graph_where_none_is_needed() -> None:
+    tensors = SMALL_CONV2D[0].tensors()
+    assert not F.conv2d(*tensors).requires_grad
+    with torch.no_grad():
+        assert not F.conv2d(*(x.requires_grad_() for x in tensors if x is not None)).requires_grad
+
+
+@pytest.mark.native
+@parametrize("case", [case for case in SMALL_CONV2D if case.bias], ids=ids)
+def test_runs_our_kernels(case: Conv2dCase) -> None:
+    check_runs_ours(both(case)[0], case.tensors(), "conv2d")
+
+
+# ---------------------------------------------------------------------------------------------
+# Determinism
+
+
+@pytest.mark.determinism
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("case", [SMALL_CONV2D[0], *LARGE_CONV2D], ids=ids)
+def test_same_bits_on_every_run_and_thread_count(case: Conv2dCase, dtype: torch.dtype) -> None:
+    tensors = cast(case.tensors(), dtype)
+    results = []
+    for count in (2, 1, 2):
+        with threads(count):
+            results.append(values_and_gradients(both(case)[0], tensors))
+    check_same_bits(results)
+
+
+# ---------------------------------------------------------------------------------------------
+# Laws, on small integers, where they hold exactly
+
+sizes = partial(st.integers, 1)
+
+
+@st.composite
+def conv2d_cases(draw: st.DrawFn) -> Conv2dCase:
+    def pair(low: int, high: int) -> tuple[int, int]:
+        return draw(st.integers(low, high)), draw(st.integers(low, high))
+
+    groups = draw(sizes(3))
+    kernel, dilation, padding = pair(1, 4), pair(1, 3), pair(0, 3)
+    channels, outputs = draw(sizes(4)), draw(sizes(4))
+    # At least as large as the kernel reaches, less what the padding gives.
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    image = [draw(st.integers(size, size + 9)) for size in least]
+    return Conv2dCase(
+        "drawn",
+        (draw(sizes(3)), groups * channels, image[0], image[1]),
+        (groups * outputs, channels, *kernel),
+        stride=pair(1, 3),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+def inner(x: Tensor, y: Tensor) -> float:
+    return (comparable(x) * comparable(y)).sum().item()
+
+
+@pytest.mark.property
+@given(conv2d_cases())
+def test_linear_in_input_and_weight(case: Conv2dCase) -> None:
+    conv = partial(F.conv2d, **case.arguments())
+    x, weight, _ = case.tensors(small_integers)
+    y, other = small_integers(case.input, 7), small_integers(case.weight, 8)
+    assert torch.equal(conv(2 * x + y, weight), 2 * conv(x, weight) + conv(y, weight))
+    assert torch.equal(conv(x, 2 * weight + other), 2 * conv(x, weight) + conv(x, other))
+
+
+@pytest.mark.property
+@given(conv2d_cases())
+def test_gradients_are_adjoint(case: Conv2dCase) -> None:
+    """<conv(x, w), y> = <x, grad_input(y)> = <w, grad_weight(y)>."""
+    x, weight = (t.requires_grad_() for t in case.tensors(small_integers)[:2])
+    output = F.conv2d(x, weight, None, **case.arguments())
+    y = small_integers(output.shape, 9)
+    grad_input, grad_weight = torch.autograd.grad(output, (x, weight), y)
+    assert inner(output, y) == inner(x, grad_input) == inner(weight, grad_weight)
+
+
+@pytest.mark.property
+@given(conv2d_cases())
+def test_equals_native(case: Conv2dCase) -> None:
+    check_exact(*both(case), case.tensors(small_integers), torch.float32)
