@@ -52,14 +52,14 @@ void for_each(int64_t count, const F& f) {
 
 #endif
 
-// The data of a tensor that may be undefined.
+// The data of a tensor, or null where it is undefined or empty.
 template <class scalar_t>
 const scalar_t* data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr<scalar_t>() : nullptr;
+  return tensor.defined() && tensor.numel() > 0 ? tensor.const_data_ptr<scalar_t>() : nullptr;
 }
 template <class scalar_t>
 scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+  return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
 }
 
 // -------------------------------------------------------------------------------------- copies

@@ -244,7 +244,10 @@ struct Call {
                     normalizer.scalar_type() == at::toOpMathType(input.scalar_type()),
                 op, ": normalizer must be the one that focal_loss returned for this input");
   }
-  at::Tensor empty_if(bool wanted) const { return wanted ? at::empty_like(input) : at::Tensor(); }
+  // A gradient, or an empty tensor in place of one that was not asked for.
+  at::Tensor empty_grad(bool asked) const {
+    return asked ? at::empty_like(input) : at::empty({0}, input.options());
+  }
   bool reduced() const { return reduction != at::Reduction::None; }
   int64_t stride() const { return format == at::MemoryFormat::ChannelsLast ? 1 : shape.inner; }
   at::TensorOptions sum_options() const {
@@ -344,8 +347,8 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
   call.check_normalizer(normalizer);
   const c10::DeviceGuard guard(input.device());
   const at::Tensor grad = call.dense_grad(grad_output);
-  at::Tensor grad_input = call.empty_if(output_mask[0]);
-  at::Tensor grad_target = call.empty_if(output_mask[1] && call.shape.has_probabilities);
+  at::Tensor grad_input = call.empty_grad(output_mask[0]);
+  at::Tensor grad_target = call.empty_grad(output_mask[1] && call.shape.has_probabilities);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
     call.for_each_row(Gradient<scalar_t>{
         call.args<scalar_t>(), call.upstream<scalar_t>(grad, normalizer),
@@ -389,8 +392,8 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
   const at::Tensor grad = call.dense_grad(grad_output);
   const at::Tensor along_input = call.dense(tangent_input, "tangent_input");
   const at::Tensor along_target = call.dense(tangent_target, "tangent_target");
-  at::Tensor grad_input = call.empty_if(output_mask[0]);
-  at::Tensor grad_target = call.empty_if(output_mask[1] && call.shape.has_probabilities);
+  at::Tensor grad_input = call.empty_grad(output_mask[0]);
+  at::Tensor grad_target = call.empty_grad(output_mask[1] && call.shape.has_probabilities);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
     call.for_each_row(GradientTangent<scalar_t>{
         call.args<scalar_t>(), call.upstream<scalar_t>(grad, normalizer),

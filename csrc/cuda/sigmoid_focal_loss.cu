@@ -195,7 +195,10 @@ struct Call {
     check_like(grad_output, "grad_output", inputs, "inputs", op);
     return reduced() ? grad_output : grad_output.contiguous(format);
   }
-  at::Tensor empty_if(bool wanted) const { return wanted ? at::empty_like(inputs) : at::Tensor(); }
+  // A gradient, or an empty tensor in place of one that was not asked for.
+  at::Tensor empty_grad(bool asked) const {
+    return asked ? at::empty_like(inputs) : at::empty({0}, inputs.options());
+  }
   bool reduced() const { return reduction != at::Reduction::None; }
   int64_t count() const { return inputs.numel(); }
   double divisor() const {
@@ -249,8 +252,8 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
   const Call call(inputs, targets, class_alpha, alpha, gamma, reduction, op);
   const c10::DeviceGuard guard(inputs.device());
   const at::Tensor grad = call.dense_grad(grad_output);
-  at::Tensor grad_inputs = call.empty_if(output_mask[0]);
-  at::Tensor grad_targets = call.empty_if(output_mask[1]);
+  at::Tensor grad_inputs = call.empty_grad(output_mask[0]);
+  at::Tensor grad_targets = call.empty_grad(output_mask[1]);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
     for_each(call.count(),
              Gradient<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),
@@ -288,8 +291,8 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_hvp(
   const at::Tensor grad = call.dense_grad(grad_output);
   const at::Tensor along_inputs = call.dense(tangent_inputs, "tangent_inputs");
   const at::Tensor along_targets = call.dense(tangent_targets, "tangent_targets");
-  at::Tensor grad_inputs = call.empty_if(output_mask[0]);
-  at::Tensor grad_targets = call.empty_if(output_mask[1]);
+  at::Tensor grad_inputs = call.empty_grad(output_mask[0]);
+  at::Tensor grad_targets = call.empty_grad(output_mask[1]);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
     for_each(call.count(),
              GradientTangent<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),

@@ -37,9 +37,11 @@ struct FocalArgs {
 
 // What one pass over a row finds out: the largest logit, and the sum of exp(x - max) over the other
 // classes. Leaving out the largest keeps every digit of a probability near 1 and of its complement.
+// Sums over a row are in double: one thread may add up thousands of terms.
 template <class T>
 struct RowMax {
-  T max, others;
+  T max;
+  double others;
   int64_t argmax;  // -1: no class yet
 };
 
@@ -56,7 +58,7 @@ struct Larger {
     }
     // Equal ones may both be -inf, whose difference is NaN.
     const T scale = b.max == a.max ? T(1) : ScalarMath<T>::exp(b.max - a.max);
-    a.others += (1 + b.others) * scale;
+    a.others += (1 + b.others) * static_cast<double>(scale);
     return a;
   }
 };
@@ -114,9 +116,9 @@ struct Row {
   // f(0) + ... + f(classes - 1), known to every member; so all of them must take part.
   template <class F>
   DLOPS_HOST_DEVICE T sum(const F& f) const {
-    T total(0);
-    for_each_class([&](int64_t c) { total += f(c); });
-    return team.reduce(total, Plus());
+    double total = 0;
+    for_each_class([&](int64_t c) { total += static_cast<double>(f(c)); });
+    return static_cast<T>(team.reduce(total, Plus()));
   }
 
   // ----------------------------------------------------------------------------------- target
@@ -153,14 +155,13 @@ struct Row {
   // ---------------------------------------------------------------------------------- softmax
 
   DLOPS_HOST_DEVICE void find_softmax() {
-    RowMax<T> found{T(0), T(0), -1};
-    for_each_class(
-        [&](int64_t c) { found = Larger()(found, RowMax<T>{at(args.input, c), T(0), c}); });
+    RowMax<T> found{T(0), 0, -1};
+    for_each_class([&](int64_t c) { found = Larger()(found, RowMax<T>{at(args.input, c), 0, c}); });
     found = team.reduce(found, Larger());
     max = found.max;
     argmax = found.argmax;
     // NaN where the row has no softmax: its largest logit is infinite or NaN.
-    const T others = found.others + (max - max);
+    const T others = static_cast<T>(found.others) + (max - max);
     log_sum = ScalarMath<T>::log1p(others);
     inverse = 1 / (1 + others);
     complement = others * inverse;
