@@ -16,8 +16,8 @@ COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
 def convert(module: nn.Module) -> nn.Module:
     """Makes every torch.nn.Conv2d, MaxPool2d, Unfold and Fold in ``module`` dlops' own, in place.
 
-    Parameters, buffers, hooks, names and identity of the modules stay: a converted module is the same
-    object with another class, so optimisers, state_dicts and shared references go on working.
+    Parameters, buffers, hooks, names and identity of the modules stay: a converted module is the
+    same object with another class, so optimisers, state_dicts and shared references go on working.
     Subclasses of torch's modules and already converted ones are left alone.
 
     Args:

@@ -1,7 +1,7 @@
 """The stateless API, with the signatures of ``torch.nn.functional``.
 
-Every function runs dlops' own kernels on CPU and CUDA tensors, is differentiable to the second order
-and beyond (convolution and pooling: to any order), and works under ``torch.compile``, ``torch.func``
+Every function runs dlops' own kernels on CPU and CUDA tensors, is differentiable (convolution and
+pooling to any order, focal losses to the second), and works under ``torch.compile``, ``torch.func``
 and autocast. What has no kernel here is an error; nothing falls back to torch's op.
 """
 
@@ -239,14 +239,15 @@ def sigmoid_focal_loss(
     """Focal loss for independent binary labels; :func:`torchvision.ops.sigmoid_focal_loss`.
 
     With p = sigmoid(inputs) and p_t the probability given to the target, the loss of an element is
-    ``-alpha_t (1 - p_t)^gamma log(p_t)`` (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+    ``-alpha_t (1 - p_t)^gamma log(p_t)`` (Lin et al., "Focal Loss for Dense Object Detection",
+    2017).
     Value and gradients are finite at any finite logit and any gamma >= 0.
 
     Args:
         inputs: logits of any shape, floating point.
         targets: 0 or 1, or anything between, in the shape of inputs.
-        alpha: weight of the targets 1, against 1 - alpha of the targets 0. A negative value means no
-            weighting. A tensor holds one for each class and is broadcast over the last dimension.
+        alpha: weight of the targets 1, against 1 - alpha of the targets 0. A negative value means
+            no weighting. A tensor holds one for each class, broadcast over the last dimension.
         gamma: how strongly well-classified elements are played down; 0 is binary cross entropy.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
 
@@ -255,8 +256,8 @@ def sigmoid_focal_loss(
 
     Raises:
         ValueError: an unknown reduction, targets of another shape than inputs.
-        RuntimeError: an alpha that does not fit the last dimension or requires a gradient, tensors on
-            different devices.
+        RuntimeError: an alpha that does not fit the last dimension or requires a gradient, tensors
+            on different devices.
 
     Example::
 
@@ -290,10 +291,10 @@ def focal_loss(
 ) -> Tensor:
     """Softmax focal loss; with gamma=0, :func:`torch.nn.functional.cross_entropy`.
 
-    With p = softmax(input), the loss of a row with class t is ``-w_t (1 - p_t)^gamma log(p_t)``; with
-    class probabilities q as target, or with label smoothing, ``-sum_c w_c q_c (1 - p_c)^gamma
-    log(p_c)`` (Lin et al., "Focal Loss for Dense Object Detection", 2017). Value and gradients are
-    finite at any finite logit and any gamma >= 0.
+    With p = softmax(input), the loss of a row with class t is ``-w_t (1 - p_t)^gamma log(p_t)``;
+    with class probabilities q as target, or with label smoothing, it is
+    ``-sum_c w_c q_c (1 - p_c)^gamma log(p_c)`` (Lin et al., "Focal Loss for Dense Object
+    Detection", 2017). Value and gradients are finite at any finite logit and any gamma >= 0.
 
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...), floating point.
@@ -302,8 +303,8 @@ def focal_loss(
         weight: one weight for each class, (C), of input's dtype.
         gamma: how strongly well-classified rows are played down.
         ignore_index: rows with this class index count for nothing.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``; the mean divides by the summed weights of the
-            targets, or by the number of rows where the target holds probabilities.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``; the mean divides by the summed weights of
+            the targets, or by the number of rows where the target holds probabilities.
         label_smoothing: this much of the target is spread evenly over the classes.
 
     Returns:
@@ -312,8 +313,8 @@ def focal_loss(
     Raises:
         ValueError: an unknown reduction, a target whose shape does not fit input.
         IndexError: a class index out of range.
-        RuntimeError: a weight that does not hold C values, label_smoothing outside [0, 1], tensors of
-            mixed dtypes or devices, a weight that requires a gradient.
+        RuntimeError: a weight that does not hold C values, label_smoothing outside [0, 1], tensors
+            of mixed dtypes or devices, a weight that requires a gradient.
 
     Example::
 
@@ -374,8 +375,8 @@ def class_balanced_weight(
     counts = torch.as_tensor(samples_per_class, dtype=torch.float64)
     if counts.dim() != 1 or counts.numel() == 0:
         raise ValueError(
-            "class_balanced_weight: samples_per_class must be a non-empty list of counts, got shape "
-            f"{tuple(counts.shape)}"
+            "class_balanced_weight: samples_per_class must be a non-empty list of counts, "
+            f"got shape {tuple(counts.shape)}"
         )
     for index, count in enumerate(counts.tolist()):
         if not (count > 0 and math.isfinite(count)):

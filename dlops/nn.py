@@ -36,7 +36,7 @@ class Conv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
+        padding: int | str | tuple[int, ...] = self.padding
         if self.padding_mode != "zeros":
             input = nn.functional.pad(
                 input, self._reversed_padding_repeated_twice, mode=self.padding_mode
@@ -204,8 +204,8 @@ class ClassBalancedFocalLoss(FocalLoss):
         gamma: how strongly well-classified rows are played down.
         ignore_index, label_smoothing: as in :class:`FocalLoss`; the softmax form only.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
-        form: ``"softmax"``: :class:`FocalLoss` with these weights. ``"sigmoid"``, the paper's own: a
-            sample's C sigmoid focal terms, weighted by its label's weight, summed over the classes and
+        form: ``"softmax"``: :class:`FocalLoss` with these weights. ``"sigmoid"``, the paper's own:
+            a sample's C sigmoid focal terms, weighted by its label's weight, summed over classes and
             (with ``"mean"``) averaged over the batch.
 
     The target is a class index for each row.

@@ -1,1 +1,1 @@
-"""The ops: one file each, with its autograd.Function and what compilers and transforms need of it."""
+"""The ops: one file each, with its autograd.Function and what compilers need of it."""

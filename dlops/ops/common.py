@@ -1,4 +1,4 @@
-"""What the ops share: argument normalisation, autocast, and how an op is called eagerly or traced."""
+"""What the ops share: argument normalisation, autocast, how an op is called eagerly or traced."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def reduction_number(reduction: str, op: str) -> int:
     return REDUCTIONS[reduction]
 
 
-def autocast(policy: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(policy: str, *tensors: Any) -> tuple[Any, ...]:
     """Casts as torch's autocast casts the native op: to "lower_precision" or to "float32".
 
     Outside autocast, and for float64 and non-floating tensors, nothing changes.

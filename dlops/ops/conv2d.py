@@ -1,7 +1,7 @@
 """Convolution: three bilinear ops, closed under differentiation.
 
 With y = conv2d(x, w), grad_input(g, w) and grad_weight(g, x) are the two transposes of the same
-bilinear map, so the derivatives of each are made of the other two, to every order and in every mode.
+bilinear map, so the derivatives of each are made of the other two, to every order, in every mode.
 """
 
 from typing import Any
@@ -40,7 +40,7 @@ class Conv2d(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, bias, *geometry = inputs
+        input, weight, _, *geometry = inputs
         need_input, need_weight = ctx.needs_input_grad[:2]
         # Each gradient reads only the other factor.
         ctx.save_for_backward(input if need_weight else None, weight if need_input else None)
@@ -63,9 +63,7 @@ class Conv2d(Function):
         return grad_input, grad_weight, grad_bias, None, None, None, None
 
     @staticmethod
-    def jvp(
-        ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: Any
-    ) -> Tensor:
+    def jvp(ctx: Any, input_t: Any, weight_t: Any, bias_t: Any, *_: Any) -> Tensor:
         input, weight = ctx.saved_tensors
         if input_t is None and weight_t is None:
             zero = torch.zeros_like(weight)

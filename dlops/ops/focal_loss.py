@@ -96,7 +96,7 @@ class FocalLossVjp(Function):
     def jvp(ctx: Any, grad_t: Any, _: Any, *tangents: Any) -> tuple[Tensor, ...]:
         grad_output, normalizer, *rest = ctx.saved_tensors
         along = tangents[:2]
-        result = None
+        result: Any = None
         if grad_t is not None:
             result = vjp(grad_t, normalizer, *rest, *ctx.scalars, ctx.mask)
         if any_tensor(*along):
@@ -148,7 +148,7 @@ class FocalLossJvp(Function):
     def jvp(ctx: Any, _: Any, input_tt: Any, target_tt: Any, *tangents: Any) -> Tensor:
         normalizer, input_t, target_t, *rest = ctx.saved_tensors
         gamma, ignore_index, reduction, label_smoothing = ctx.scalars
-        result = 0
+        result: Any = 0
         if any_tensor(input_tt, target_tt):
             result = jvp(normalizer, input_tt, target_tt, *rest, *ctx.scalars)
         moved = tangents[:2]
@@ -178,8 +178,8 @@ class FocalLossJvp(Function):
 
 
 class FocalLossHvp(Function):
-    """focal_loss_hvp(grad_output, normalizer, tangent_input, tangent_target, input, target, *options,
-    mask)"""
+    """focal_loss_hvp(grad_output, normalizer, tangent_input, tangent_target, input, target,
+    *options, mask)"""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -245,7 +245,7 @@ class Batch:
         self.rows = target
         self.input, self.target = self.fold(input), self.fold(target)
 
-    def fold(self, tensor: Tensor | None) -> Tensor | None:
+    def fold(self, tensor: Any) -> Any:
         return tensor if tensor is None or self.single else tensor.flatten(0, 1)
 
     def unfold(self, tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Max pooling: a choice of cells, then linear maps.
 
 Given which cell of its window each output chose, pooling is linear in its input. Scatter (the
-backward) and gather are each other's transpose and so differentiate into each other, to every order.
+backward) and gather are each other's transpose, and so differentiate into each other.
 """
 
 from typing import Any

@@ -87,7 +87,7 @@ class SigmoidFocalLossVjp(Function):
     def jvp(ctx: Any, grad_t: Tensor | None, *tangents: Any) -> tuple[Tensor, ...]:
         grad_output, *rest = ctx.saved_tensors
         inputs_t, targets_t = tangents[:2]
-        result = None
+        result: Any = None
         if grad_t is not None:
             result = vjp(grad_t, *rest, *ctx.scalars, ctx.mask)
         if any_tensor(inputs_t, targets_t):
@@ -141,7 +141,7 @@ class SigmoidFocalLossJvp(Function):
     def jvp(ctx: Any, inputs_tt: Any, targets_tt: Any, *tangents: Any) -> Tensor:
         inputs_t, targets_t, *rest = ctx.saved_tensors
         alpha, gamma, reduction = ctx.scalars
-        result = 0
+        result: Any = 0
         if any_tensor(inputs_tt, targets_tt):
             result = jvp(inputs_tt, targets_tt, *rest, *ctx.scalars)
         moved = tangents[:2]
@@ -162,8 +162,8 @@ class SigmoidFocalLossJvp(Function):
 
 
 class SigmoidFocalLossHvp(Function):
-    """sigmoid_focal_loss_hvp(grad_output, tangent_inputs, tangent_targets, inputs, targets, *options,
-    mask)"""
+    """sigmoid_focal_loss_hvp(grad_output, tangent_inputs, tangent_targets, inputs, targets,
+    *options, mask)"""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
