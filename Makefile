@@ -31,7 +31,7 @@ test: build ## run the test suite
 	$(PY) -m pytest $(ARGS)
 
 bench: build ## time every op against the native one
-	$(PY) benchmarks/run.py $(ARGS)
+	$(PY) -m benchmarks $(ARGS)
 
 lint: $(VENV)/.dev ## check format, style and types
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
