@@ -53,12 +53,12 @@ cuda-compile: env ## compile and link the CUDA kernels (needs no GPU and no syst
 clean: ## remove what builds and runs made, but not the virtual environment
 	rm -rf build dist runs ./*.egg-info dlops/_C*.so dlops/_build_config.py $(VENV)/.built
 
-$(PY):
+$(VENV)/bin/pip:
 	@test -n "$(PYTHON)" || { echo "There is no Python 3.11 or newer with the venv module here." \
 		"Fix: install one (Debian, Ubuntu: apt install python3-venv), or make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.env: pyproject.toml scripts/requirements.py | $(PY)
+$(VENV)/.env: pyproject.toml scripts/requirements.py | $(VENV)/bin/pip
 	$(PY) scripts/requirements.py examples test > $(VENV)/requirements.txt
 	$(PIP) install -r $(VENV)/requirements.txt
 	@touch $@

@@ -132,7 +132,9 @@ class BuildExt(cpp_extension.BuildExtension):
         ext.extra_objects = self.build_simd_objects(ext)
         try:
             super().build_extensions()
-        except (RuntimeError, ValueError, CompileError, LinkError) as error:
+        except ValueError as error:  # torch's, about an architecture that it does not know
+            fail(f"TORCH_CUDA_ARCH_LIST={arch_list()!r}: {error}. Fix: give it as '8.0;9.0+PTX'")
+        except (RuntimeError, CompileError, LinkError) as error:
             fail(f"{error}{COMPILE_FIX}")
 
     def configure(self, ext):

@@ -215,6 +215,14 @@ def test_two_threads_are_used(tmp_path, name):
     assert result.stdout.split() == ["1"], result.stdout + result.stderr
 
 
+def test_torch_and_dlops_share_one_openmp(tmp_path):
+    """Two would each start their own threads, and set_num_threads would reach one of them."""
+    script = "import dlops; print(*{l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l})"
+    result = run("-c", script, cwd=tmp_path)
+    runtimes = [path for path in result.stdout.split() if re.search(r"lib[gi]?omp", path)]
+    assert len(runtimes) == 1, runtimes
+
+
 @pytest.mark.skipif(
     "AVX2" not in _C.build_info()["cpu_capabilities_built"], reason="this CPU has one capability"
 )
