@@ -17,14 +17,14 @@ array([[[[45., 54.],
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
-Size = int | tuple[int, int]
+Size = int | Sequence[int]
 
 __all__ = [
     "class_balanced_weight",
@@ -46,7 +46,10 @@ __all__ = [
 
 
 def _pair(value: Size) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+    if isinstance(value, int):
+        return value, value
+    height, width = value
+    return height, width
 
 
 def _floating(values: ArrayLike) -> Array:
@@ -79,7 +82,7 @@ class _Axis(NamedTuple):
 
 
 def _axes(
-    image_size: tuple[int, int],
+    image_size: Sequence[int],
     kernel_size: Size,
     stride: Size,
     padding: Size | str,
@@ -276,7 +279,7 @@ def max_pool2d(
 
 
 def max_pool2d_backward(
-    grad_output: ArrayLike, indices: ArrayLike, input_size: tuple[int, int, int, int]
+    grad_output: ArrayLike, indices: ArrayLike, input_size: Sequence[int]
 ) -> Array:
     """The gradient of ``(max_pool2d(...)[0] * grad_output).sum()``: it goes to the maxima."""
     grad_output, indices = _floating(grad_output), np.asarray(indices)

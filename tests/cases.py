@@ -78,7 +78,8 @@ class Conv2dCase(NamedTuple):
     groups: int = 1
     bias: bool = True
 
-    def tensors(self, fill: Fill = normal) -> list[Tensor | None]:
+    def tensors(self, fill: Fill = normal) -> list[Any]:
+        """Input, weight and bias or None."""
         bias = fill(self.weight[:1], 3) if self.bias else None
         return [fill(self.input, 1), fill(self.weight, 2), bias]
 

@@ -33,7 +33,7 @@ def small_integers(size: Sequence[int], seed: int = 0) -> Tensor:
     return values.to(torch.float64)
 
 
-def cast(inputs: Inputs, dtype: torch.dtype) -> list[Tensor | None]:
+def cast(inputs: Inputs, dtype: torch.dtype) -> list[Any]:
     """Floating-point tensors in `dtype`, with their strides; the others as they are."""
     return [
         x.to(dtype, memory_format=torch.preserve_format)
@@ -43,7 +43,7 @@ def cast(inputs: Inputs, dtype: torch.dtype) -> list[Tensor | None]:
     ]
 
 
-def leaves(inputs: Inputs) -> list[Tensor | None]:
+def leaves(inputs: Inputs) -> list[Any]:
     """The same memory as new leaves of the graph; floating-point ones require a gradient."""
     return [
         None if x is None else x.detach().requires_grad_(x.is_floating_point() or x.is_complex())

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+# Threads that spin while they wait would slow down everything else on a busy machine. Read when
+# torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import hypothesis
 import pytest
 import torch

@@ -116,13 +116,13 @@ def test_gradcheck(case: FocalCase, gamma: float) -> None:
         check_gradients(loss, [case.logits(), variant.target(case)])
 
 
-def oracle(input: Tensor, target: Tensor, **arguments: Any) -> dict[str, Tensor]:
+def oracle(inputs: list[Tensor], **arguments: Any) -> dict[str, Tensor]:
     """Value and gradients by the NumPy loops, in float64, named as `values_and_gradients` does."""
     if arguments.get("weight") is not None:
         arguments["weight"] = arguments["weight"].numpy()
-    arrays = [x.to(torch.float64 if x.is_floating_point() else x.dtype) for x in (input, target)]
+    arrays = cast(inputs, torch.float64)
     value = np.asarray(reference.focal_loss(*arrays, **arguments))
-    grad_output = normal(value.shape, 99).to(input.dtype).double()
+    grad_output = normal(value.shape, 99).to(inputs[0].dtype).double()
     gradients = reference.focal_loss_backward(grad_output, *arrays, **arguments)
     results = dict(zip(("value", "gradient 0", "gradient 1"), (value, *gradients), strict=True))
     return {name: torch.as_tensor(x) for name, x in results.items() if x is not None}
@@ -134,12 +134,10 @@ def oracle(input: Tensor, target: Tensor, **arguments: Any) -> dict[str, Tensor]
 @parametrize("case", SMALL_FOCAL, ids=ids)
 def test_oracle(case: FocalCase, gamma: float, variant: Variant) -> None:
     for reduction in REDUCTIONS:
-        inputs, more = (
-            [case.logits(), variant.target(case)],
-            {"gamma": gamma, "reduction": reduction},
-        )
+        inputs = [case.logits(), variant.target(case)]
+        more: dict[str, Any] = {"gamma": gamma, "reduction": reduction}
         ours = values_and_gradients(variant.bind(F.focal_loss, case, **more), inputs)
-        truth = oracle(*inputs, **variant.arguments(case), **more)
+        truth = oracle(inputs, **variant.arguments(case), **more)
         assert ours.keys() == truth.keys()
         for name, result in ours.items():
             assert result.shape == truth[name].shape
@@ -166,7 +164,7 @@ def test_extreme_logits(classes: int, logit: float, gamma: float, dtype: torch.d
     ours = values_and_gradients(
         lambda x: F.focal_loss(x, target, gamma=gamma, reduction="none"), [input]
     )
-    truth = oracle(input, target, gamma=gamma, reduction="none")
+    truth = oracle([input, target], gamma=gamma, reduction="none")
     for name, result in ours.items():
         assert result.isfinite().all(), name
         assert_elementwise(result, truth[name], name, dtype)
@@ -188,7 +186,7 @@ def test_extreme_logits_in_every_variant(
     arguments = variant.arguments(case)
     if arguments["weight"] is not None:
         arguments["weight"] = arguments["weight"].to(dtype).double()
-    truth = oracle(*inputs, gamma=gamma, **arguments)
+    truth = oracle(inputs, gamma=gamma, **arguments)
     for name, result in ours.items():
         assert result.isfinite().all(), name
         assert error(result, truth[name]) <= 2 * TOLERANCES[dtype].bound, name

@@ -112,7 +112,7 @@ def test_oracle(case: MaxPool2dCase, fill: Fill) -> None:
     ours = values_and_gradients(both(case)[0], [input])
     values, indices = reference.max_pool2d(input.numpy(), **case.arguments())
     grad_output = normal(values.shape, 99).numpy()
-    truth = reference.max_pool2d_backward(grad_output, indices, input.shape)  # type: ignore[arg-type]
+    truth = reference.max_pool2d_backward(grad_output, indices, input.shape)
     assert torch.equal(ours["value"], torch.from_numpy(values))
     torch.testing.assert_close(ours["gradient 0"], torch.from_numpy(truth), rtol=0, atol=1e-13)
 
@@ -156,6 +156,16 @@ def test_special_values(case: MaxPool2dCase, fill: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.special
+def test_a_window_of_padding_alone() -> None:
+    """It is -inf, and its gradient goes nowhere."""
+    input = torch.ones(1, 1, 1, 2, requires_grad=True)
+    output = F.max_pool2d(input, (1, 2), stride=1, padding=(0, 1), dilation=(1, 3))
+    (gradient,) = torch.autograd.grad(output.sum(), input)
+    assert output.tolist() == [[[[-INF]]]]
+    assert gradient.tolist() == [[[[0, 0]]]]
+
+
+@pytest.mark.special
 def test_the_first_maximum_and_the_last_nan_win() -> None:
     windows = torch.tensor([[1, 2, 2, 0], [NAN, 3, NAN, 3], [-INF] * 4], dtype=torch.float32)
     values, indices = F.max_pool2d(windows.reshape(3, 1, 1, 4), (1, 4), return_indices=True)
@@ -180,7 +190,7 @@ def test_layout(case: MaxPool2dCase, layout: str, dtype: torch.dtype) -> None:
 @parametrize("case", [MAX_POOL2D[3], MAX_POOL2D[-1], *LARGE_MAX_POOL2D], ids=ids)
 def test_layout_of_gradients(case: MaxPool2dCase, layout: str) -> None:
     input = LAYOUTS[layout](case.tensor()).detach()
-    gradients = []
+    gradients: list[Tensor] = []
     for op in both(case):
         leaf = input.detach().requires_grad_()
         output = op(leaf)
@@ -242,7 +252,10 @@ def max_pool2d_cases(draw: st.DrawFn) -> MaxPool2dCase:
 
     kernel, dilation = pair(1, 5), pair(1, 3)
     padding = tuple(draw(st.integers(0, size // 2)) for size in kernel)
-    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    # Not below the dilation, where a window can lie in the padding alone: native then writes out of
+    # range in its backward.
+    reach = [dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] for i in range(2)]
+    least = [max(1, dilation[i], reach[i]) for i in range(2)]
     image = [draw(st.integers(size, size + 9)) for size in least]
     input = (draw(st.integers(1, 3)), draw(st.integers(1, 4)), *image)
     return MaxPool2dCase(

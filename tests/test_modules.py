@@ -182,6 +182,7 @@ def test_state_dict_both_ways(source: Any, target: Any) -> None:
 # The losses
 
 
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)
 LOSSES: list[tuple[str, Callable[[], nn.Module], Callable[[Tensor, Tensor], Tensor]]] = [
     ("SigmoidFocalLoss", dnn.SigmoidFocalLoss, lambda x, t: F.sigmoid_focal_loss(x, one_hot(t))),
     (
@@ -218,7 +219,6 @@ LOSSES: list[tuple[str, Callable[[], nn.Module], Callable[[Tensor, Tensor], Tens
         for reduction in ("none", "mean", "sum")
     ),
 ]
-WEIGHT = torch.tensor([0.5, 1.0, 2.0, 1.5], dtype=torch.float64)
 
 
 def one_hot(target: Tensor) -> Tensor:
@@ -253,7 +253,8 @@ def test_losses(name: str, build: Any, expected: Any) -> None:
 
 def test_class_weights_follow_the_module() -> None:
     """As in torch.nn.CrossEntropyLoss, `weight` is a buffer: it is cast, moved and saved."""
-    for module in (dnn.FocalLoss(WEIGHT), dnn.ClassBalancedFocalLoss([9, 4, 1, 100])):
+    losses: list[Any] = [dnn.FocalLoss(WEIGHT), dnn.ClassBalancedFocalLoss([9, 4, 1, 100])]
+    for module in losses:
         assert "weight" in module.state_dict()
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             assert module.to(dtype).weight.dtype == dtype

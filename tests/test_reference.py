@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]
 import native
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ batched = [case for case in SMALL_CONV2D if len(case.input) == 4]
 @pytest.mark.parametrize("case", batched, ids=ids)
 def test_conv2d(case: Conv2dCase) -> None:
     tensors = [x for x in case.tensors() if x is not None]
-    arrays = [x.numpy() for x in tensors]
+    arrays: list[Any] = [x.numpy() for x in tensors]
     leaves = [x.clone().requires_grad_() for x in tensors]
     output = native.conv2d(*leaves, **case.arguments())
     close(reference.conv2d(*arrays, **case.arguments()), output)
@@ -86,16 +86,17 @@ def test_max_pool2d(case: MaxPool2dCase) -> None:
 def test_focal_loss_gamma_0_is_cross_entropy(
     case: FocalCase, label_smoothing: float, reduction: str
 ) -> None:
-    arguments = {"label_smoothing": label_smoothing, "reduction": reduction}
+    arguments: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction}
     for target in (case.indices(ignored=True), case.probabilities()):
         logits, weight = case.logits().requires_grad_(), case.weight()
         leaf = target.clone().requires_grad_(target.is_floating_point())
         output = native.cross_entropy(logits, leaf, weight, **arguments)
-        arrays = [x.detach().numpy() for x in (logits, target, weight)]
-        close(reference.focal_loss(*arrays, gamma=0, **arguments), output)
+        arrays: list[Any] = [x.detach().numpy() for x in (logits, target, weight)]
+        arrays.append(0.0)  # gamma
+        close(reference.focal_loss(*arrays, **arguments), output)
         inputs = [x for x in (logits, leaf) if x.requires_grad]
         grad_output, expected = gradients(output, inputs)
-        ours = reference.focal_loss_backward(grad_output, *arrays, gamma=0, **arguments)
+        ours = reference.focal_loss_backward(grad_output, *arrays, **arguments)
         for one, other in zip(ours, expected, strict=False):
             close(one, other)
 

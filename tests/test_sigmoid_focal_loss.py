@@ -43,7 +43,7 @@ def both(**arguments: Any) -> tuple[Any, Any]:
 
 def oracle(inputs: Tensor, targets: Tensor, **arguments: Any) -> dict[str, Tensor]:
     """Value and gradients by the NumPy formulas, named as `values_and_gradients` does."""
-    arrays = [x.double().numpy() for x in (inputs, targets)]
+    arrays: list[Any] = [x.double().numpy() for x in (inputs, targets)]
     value = np.asarray(reference.sigmoid_focal_loss(*arrays, **arguments))
     grad_output = normal(value.shape, 99).to(inputs.dtype).double()
     gradients = reference.sigmoid_focal_loss_backward(grad_output, *arrays, **arguments)

@@ -53,7 +53,8 @@ both_ops = parametrize("op", [unfolds, folds], ids=["unfold", "fold"])
 @parametrize("case", UNFOLD, ids=ids)
 @both_ops
 def test_native(op: Any, case: UnfoldCase, dtype: torch.dtype) -> None:
-    check_against_native(*op(case), dtype)
+    ours, theirs, inputs = op(case)
+    check_against_native(ours, theirs, inputs, dtype)
 
 
 @pytest.mark.exact
@@ -61,7 +62,8 @@ def test_native(op: Any, case: UnfoldCase, dtype: torch.dtype) -> None:
 @parametrize("case", UNFOLD, ids=ids)
 @both_ops
 def test_exact_on_small_integers(op: Any, case: UnfoldCase, dtype: torch.dtype) -> None:
-    check_exact(*op(case, small_integers), dtype)
+    ours, theirs, inputs = op(case, small_integers)
+    check_exact(ours, theirs, inputs, dtype)
 
 
 @pytest.mark.gradcheck
