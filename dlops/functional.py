@@ -18,7 +18,7 @@ from dlops.ops import focal_loss as _focal_loss
 from dlops.ops import max_pool2d as _max_pool2d
 from dlops.ops import sigmoid_focal_loss as _sigmoid_focal_loss
 from dlops.ops import unfold as _unfold
-from dlops.ops.common import autocast, pair, reduction_number
+from dlops.ops.common import autocast, check_int, check_tensor, pair, reduction_number
 
 Size = int | Sequence[int]
 
@@ -76,6 +76,8 @@ def conv2d(
     stride = pair(stride, "stride", "conv2d")
     dilation = pair(dilation, "dilation", "conv2d")
     images, unbatched = _batched(input, "conv2d")
+    check_tensor(weight, "weight", "conv2d")
+    check_int(groups, "groups", "conv2d")
     if weight.dim() != 4:
         raise RuntimeError(
             "conv2d: weight must have 4 dimensions (out_channels, in_channels / groups, kernel_h, "
@@ -255,7 +257,7 @@ def sigmoid_focal_loss(
         The losses in the shape of inputs, or a scalar.
 
     Raises:
-        ValueError: an unknown reduction, targets of another shape than inputs.
+        ValueError: an unknown reduction, targets of another shape than inputs, an alpha above 1.
         RuntimeError: an alpha that does not fit the last dimension or requires a gradient, tensors
             on different devices.
 
@@ -270,6 +272,8 @@ def sigmoid_focal_loss(
             sigmoid_focal_loss, (inputs, targets), inputs, targets, alpha, gamma, reduction
         )
     number = reduction_number(reduction, "sigmoid_focal_loss")
+    check_tensor(inputs, "inputs", "sigmoid_focal_loss")
+    check_tensor(targets, "targets", "sigmoid_focal_loss")
     (inputs,) = autocast("float32", inputs)
     dtype = torch.promote_types(inputs.dtype, targets.dtype)
     if not targets.is_floating_point() or targets.dtype != inputs.dtype:
@@ -335,15 +339,27 @@ def focal_loss(
             label_smoothing=label_smoothing,
         )
     number = reduction_number(reduction, "focal_loss")
+    check_tensor(input, "input", "focal_loss")
+    check_tensor(target, "target", "focal_loss")
+    check_int(ignore_index, "ignore_index", "focal_loss")
     if weight is not None and weight.requires_grad:
         raise RuntimeError(
             "focal_loss: weight requires a gradient, which is not implemented; detach it"
         )
     if target.dtype == torch.uint8:
         target = target.long()
+    if input.dim() == 1 and target.dim() == 1 and target.numel() == 1 != input.numel():
+        target = target.squeeze(0)  # native takes a single row's class either way
     input, target, weight = autocast("float32", input, target, weight)
     return _focal_loss.focal_loss(
-        input, target, weight, gamma, ignore_index, number, label_smoothing
+        # Native, too, reads a negative smoothing as none.
+        input,
+        target,
+        weight,
+        gamma,
+        ignore_index,
+        number,
+        max(label_smoothing, 0.0),
     )[0]
 
 
@@ -395,6 +411,7 @@ def class_balanced_weight(
 
 def _batched(input: Tensor, op: str) -> tuple[Tensor, bool]:
     """Images as (N, C, H, W), and whether the caller gave a single one."""
+    check_tensor(input, "input", op)
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"{op}: expected input of shape (N, C, H, W) or, unbatched, (C, H, W), "
@@ -438,6 +455,10 @@ def _window(
 def _class_alpha(alpha: float | Tensor, inputs: Tensor) -> tuple[Tensor | None, float]:
     """alpha as one for each class, or as a number for all."""
     if not isinstance(alpha, Tensor):
+        if alpha > 1:
+            raise ValueError(
+                f"sigmoid_focal_loss: alpha must be in [0, 1], or negative for none, got {alpha}"
+            )
         return None, alpha
     if alpha.requires_grad:
         raise RuntimeError(

@@ -205,8 +205,8 @@ class ClassBalancedFocalLoss(FocalLoss):
         ignore_index, label_smoothing: as in :class:`FocalLoss`; the softmax form only.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         form: ``"softmax"``: :class:`FocalLoss` with these weights. ``"sigmoid"``, the paper's own:
-            a sample's C sigmoid focal terms, weighted by its label's weight, summed over classes and
-            (with ``"mean"``) averaged over the batch.
+            a sample's C sigmoid focal terms, weighted by its label's weight, summed over classes
+            and (with ``"mean"``) averaged over the batch.
 
     The target is a class index for each row.
 

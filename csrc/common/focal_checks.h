@@ -83,6 +83,10 @@ inline FocalShape check_focal_loss(const at::Tensor& input, const at::Tensor& ta
   // Class numbers are compared as float32, which holds every integer up to here.
   TORCH_CHECK(shape.classes <= (int64_t(1) << 24), op, ": at most ", int64_t(1) << 24,
               " classes are supported, got ", shape.classes);
+  TORCH_CHECK_VALUE(!batched || target.dim() == 0 || target.size(0) == shape.N, op,
+                    ": expected input batch_size (", shape.N, ") to match target batch_size (",
+                    target.dim() == 0 ? 1 : target.size(0), "), got input of shape ", input.sizes(),
+                    " and target of shape ", target.sizes());
   shape.has_probabilities = at::isFloatingType(target.scalar_type());
   if (shape.has_probabilities) {
     TORCH_CHECK(target.sizes() == input.sizes(), op,
@@ -95,12 +99,12 @@ inline FocalShape check_focal_loss(const at::Tensor& input, const at::Tensor& ta
     TORCH_CHECK(target.scalar_type() == at::kLong, op,
                 ": target must hold class indices (int64) or class probabilities, got ",
                 target.scalar_type());
-    TORCH_CHECK_VALUE(target.dim() == static_cast<int64_t>(shape.loss.size()), op,
-                      ": expected target of shape ", at::IntArrayRef(shape.loss),
-                      " for input of shape ", input.sizes(), ", got ", target.sizes());
-    TORCH_CHECK_VALUE(!batched || target.size(0) == shape.N, op, ": expected input batch_size (",
-                      shape.N, ") to match target batch_size (", target.size(0), ")");
-    check_sizes(target, "target", shape.loss, op);
+    TORCH_CHECK_VALUE(batched || target.dim() != 1, op,
+                      ": expected target of one class for input of ", "shape ", input.sizes(),
+                      ", got target of shape ", target.sizes());
+    TORCH_CHECK(target.sizes() == at::IntArrayRef(shape.loss), op, ": expected target of shape ",
+                at::IntArrayRef(shape.loss), " for input of shape ", input.sizes(), ", got ",
+                target.scalar_type(), " indices of shape ", target.sizes());
   }
   if (weight.has_value()) {
     TORCH_CHECK(weight->dim() == 1 && weight->size(0) == shape.classes, op,

@@ -298,10 +298,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   const Conv2dGeometry g = conv2d_geometry(
       input.sizes(), weight_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
   check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_weight");
-  at::Tensor result = at::empty(weight_size, grad_output.options());
+  const at::MemoryFormat format = memory_format(input, grad_output);
+  at::Tensor result = at::empty(weight_size, grad_output.options().memory_format(format));
   if (result.numel() == 0) return result;
   if (g.N == 0) return result.zero_();
-  const at::MemoryFormat format = memory_format(input, grad_output);
   const at::Tensor dense_input = input.contiguous(format);
   const at::Tensor dense_grad = grad_output.contiguous(format);
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(

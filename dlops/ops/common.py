@@ -26,6 +26,16 @@ def pair(value: int | Sequence[int], name: str, op: str) -> list[int]:
     return [value, value]
 
 
+def check_tensor(value: Any, name: str, op: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+
+
+def check_int(value: Any, name: str, op: str) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+
+
 def reduction_number(reduction: str, op: str) -> int:
     """The number of a reduction's name, or ValueError."""
     if reduction not in REDUCTIONS:
@@ -42,7 +52,7 @@ def autocast(policy: str, *tensors: Any) -> tuple[Any, ...]:
     """
     lead = next(t for t in tensors if t is not None)
     device = lead.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device) if policy == "lower_precision" else torch.float32
     return tuple(
@@ -60,6 +70,17 @@ def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return op(*args)
     return function.apply(*args)
+
+
+def check_devices(op: str, **tensors: Tensor | None) -> None:
+    """For the fake kernels; the real ones check it themselves."""
+    (lead_name, lead), *others = [(name, t) for name, t in tensors.items() if t is not None]
+    for name, tensor in others:
+        if tensor.device != lead.device:
+            raise RuntimeError(
+                f"{op}: expected all tensors to be on the same device, "
+                f"but {lead_name} is on {lead.device} and {name} is on {tensor.device}"
+            )
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

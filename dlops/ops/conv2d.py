@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, memory_format, register
+from dlops.ops.common import call, check_devices, memory_format, register
 
 ops = torch.ops.dlops
 
@@ -295,6 +295,7 @@ def add(*terms: Any) -> Any:
 def _(
     input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
+    check_devices("conv2d", input=input, weight=weight, bias=bias)
     torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-D tensors")
     torch._check(
         input.shape[1] == weight.shape[1] * groups,
@@ -332,8 +333,12 @@ def _(
     dilation: Any,
     groups: int,
 ) -> Tensor:
-    size = (grad_output.shape[1], input.shape[1] // groups, *kernel_size)
-    return grad_output.new_empty(size)
+    return torch.empty(
+        (grad_output.shape[1], input.shape[1] // groups, *kernel_size),
+        dtype=grad_output.dtype,
+        device=grad_output.device,
+        memory_format=memory_format(input, grad_output),
+    )
 
 
 @torch.library.register_fake("dlops::conv2d_grad_bias")

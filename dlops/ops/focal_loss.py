@@ -14,6 +14,7 @@ from dlops.ops.common import (
     any_tensor,
     batched,
     call,
+    check_devices,
     no_third_derivative,
     reduce_rows,
     register,
@@ -313,6 +314,7 @@ def _(
     reduction: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
+    check_devices("focal_loss", input=input, target=target, weight=weight)
     return fake_loss(input, reduction), input.new_empty((), dtype=fake_sum_type(input.dtype))
 
 

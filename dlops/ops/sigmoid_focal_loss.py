@@ -13,6 +13,7 @@ from dlops.ops.common import (
     any_tensor,
     batched,
     call,
+    check_devices,
     no_third_derivative,
     reduce_rows,
     register,
@@ -251,6 +252,7 @@ def fake_grads(inputs: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss")
 def _(inputs: Tensor, targets: Tensor, *options: Any) -> Tensor:
+    check_devices("sigmoid_focal_loss", inputs=inputs, targets=targets, alpha=options[0])
     return fake_loss(inputs, options[-1])
 
 

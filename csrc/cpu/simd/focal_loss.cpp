@@ -87,6 +87,20 @@ struct Rows {
   bool one_class_each() const { return args.target != nullptr && args.label_smoothing == 0; }
 };
 
+// A sum over classes that loses no digits however many there are (Kahan).
+template <class M>
+struct Sum {
+  using V = typename M::V;
+  V total{typename M::Scalar(0)}, lost{typename M::Scalar(0)};
+  void add(V value) {
+    const V wanted = value - lost, next = total + wanted;
+    const V error = (next - total) - wanted;
+    // Where the sum is infinite the error is not a number: nothing is lost then.
+    lost = M::select(M::eq(error, error), error, V(0));
+    total = next;
+  }
+};
+
 // A tile's softmax. The largest logit is left out of the sum: then no digit of a probability near 1
 // is lost, nor of its complement.
 template <class scalar_t>
@@ -110,14 +124,15 @@ struct Softmax {
       max = M::select(larger, x, max);
       argmax = M::select(larger, V(T(c)), argmax);
     }
-    others = V(T(0));
+    Sum<M> sum;
     for (int64_t c = 0; c < rows.args.classes; ++c) {
       // For argmax the difference is 0, or NaN where the row has no softmax.
       const V shifted = rows.logit(c) - max;
       const V e = M::select(is_argmax(c), shifted, M::exp(shifted));
-      others = others + e;
+      sum.add(e);
       if (exps != nullptr) e.store(exps + c * R::lanes);
     }
+    others = sum.total;
     log_sum = M::log1p(others);
     inverse = V(T(1)) / (V(T(1)) + others);
     complement = others * inverse;
@@ -170,8 +185,10 @@ typename Rows<scalar_t>::V row_losses(const Rows<scalar_t>& rows,
     loss =
         weighted<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows), is_max).loss());
   } else {
+    Sum<M> sum;
     for (int64_t c = 0; c < rows.args.classes; ++c)
-      loss = loss + weighted<M>(rows.weight(c) * rows.share(c, target), softmax.focal(c).loss());
+      sum.add(weighted<M>(rows.weight(c) * rows.share(c, target), softmax.focal(c).loss()));
+    loss = sum.total;
   }
   return M::select(rows.valid(), loss, V(0));
 }
@@ -254,15 +271,15 @@ void general_gradient(const Rows<scalar_t>& rows, const at::opmath_type<scalar_t
   using M = typename R::M;
   using V = typename R::V;
   const Softmax<scalar_t> softmax(rows);
-  V sum(0);
+  Sum<M> sum;
   for (int64_t c = 0; c < rows.args.classes; ++c) {
     const V slope =
         weighted<M>(factor * rows.weight(c) * rows.share(c, target), softmax.focal(c).first());
-    sum = sum + slope;
+    sum.add(slope);
     slope.store(result + c * R::lanes);
   }
   for (int64_t c = 0; c < rows.args.classes; ++c)
-    (V::loadu(result + c * R::lanes) - softmax.p(c) * sum).store(result + c * R::lanes);
+    (V::loadu(result + c * R::lanes) - softmax.p(c) * sum.total).store(result + c * R::lanes);
 }
 
 // A tangent of the logits relative to its mean under the softmax, v_c - p.v, and the same divided
@@ -281,8 +298,9 @@ struct Centred {
     if (tangent == nullptr) return;
     const int64_t classes = softmax.rows.args.classes;
     for (int64_t c = 0; c < classes; ++c) at_max = M::select(softmax.is_argmax(c), raw(c), at_max);
-    for (int64_t c = 0; c < classes; ++c)
-      max_minus_mean = max_minus_mean + softmax.p(c) * (at_max - raw(c));
+    Sum<M> sum;
+    for (int64_t c = 0; c < classes; ++c) sum.add(softmax.p(c) * (at_max - raw(c)));
+    max_minus_mean = sum.total;
   }
   V raw(int64_t c) const { return V::loadu(tangent + c * R::lanes); }
   V value(int64_t c) const {
@@ -354,15 +372,15 @@ double focal_loss_jvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64
     const Softmax<scalar_t> softmax(rows);
     const Centred<scalar_t> centred(softmax, tangent_input == nullptr ? nullptr : tiles.a);
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
-    V result(0);
+    Sum<M> result;
     for (int64_t c = 0; c < args.classes; ++c) {
       const SoftmaxFocal<M> focal = softmax.focal(c);
-      result = result + weighted<M>(rows.weight(c) * rows.share(c, target), focal.first()) *
-                            centred.value(c);
+      result.add(weighted<M>(rows.weight(c) * rows.share(c, target), focal.first()) *
+                 centred.value(c));
       if (tangent_target != nullptr)
-        result = result + kept * rows.weight(c) * focal.loss() * V::loadu(tiles.b + c * R::lanes);
+        result.add(kept * rows.weight(c) * focal.loss() * V::loadu(tiles.b + c * R::lanes));
     }
-    sum += finish(rows, M::select(rows.valid(), result, V(0)), tangent);
+    sum += finish(rows, M::select(rows.valid(), result.total, V(0)), tangent);
   });
   return sum;
 }
@@ -384,7 +402,7 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
     const V factor = factors(rows, grad);
     // The derivative of g_c - p_c sum(g) along the tangents: dg_c - p_c sum(dg) - dp_c sum(g).
-    V slopes(0), changes(0);
+    Sum<M> slopes, changes;
     for (int64_t c = 0; c < args.classes; ++c) {
       const SoftmaxFocal<M> focal = softmax.focal(c);
       const V share = rows.weight(c) * rows.share(c, target);
@@ -392,8 +410,8 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
           weighted<M>(share, focal.second_times_not_p()) * centred.over_complement(c, focal.not_p);
       if (tangent_target != nullptr)
         change = change + kept * rows.weight(c) * focal.first() * V::loadu(tiles.b + c * R::lanes);
-      slopes = slopes + weighted<M>(share, focal.first());
-      changes = changes + change;
+      slopes.add(weighted<M>(share, focal.first()));
+      changes.add(change);
       change.store(tiles.b + c * R::lanes);
     }
     if (grad_target != nullptr) {
@@ -406,7 +424,7 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
     for (int64_t c = 0; c < args.classes; ++c) {
       const V p = softmax.p(c);
       const V change = V::loadu(tiles.b + c * R::lanes);
-      (factor * (change - p * changes - slopes * p * centred.value(c)))
+      (factor * (change - p * changes.total - slopes.total * p * centred.value(c)))
           .store(tiles.b + c * R::lanes);
     }
     rows.write(tiles.b, grad_input);
