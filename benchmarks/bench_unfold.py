@@ -15,10 +15,10 @@ SHAPES = [(8, 32, 28, 3, 1), (8, 64, 56, 3, 1), (8, 3, 112, 7, 3)]
 
 
 def cases(scope: str) -> Iterator[Case]:
-    for shape in SHAPES[:1] if scope == "quick" else SHAPES:
-        batch, channels, image, kernel, padding = shape
-        name = f"{batch}x{channels}x{image}x{image}, {kernel}x{kernel} p{padding}"
-        for op in ("unfold", "fold"):
+    for op in ("unfold", "fold"):
+        for shape in SHAPES[:1] if scope == "quick" else SHAPES:
+            batch, channels, image, kernel, padding = shape
+            name = f"{batch}x{channels}x{image}x{image}, {kernel}x{kernel} p{padding}"
             yield Case(op, name, "NCHW", partial(problem, op, shape))
 
 

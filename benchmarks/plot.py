@@ -42,7 +42,7 @@ def speedups(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(axis="x", alpha=0.3)
-        panel.invert_yaxis()
+        panel.set_ylim(len(labels[op]) - 0.4, -0.6)
         panel.margins(x=0.1)
     panels[0, 0].legend(fontsize=8)
     panels[-1, 0].set_xlabel("native's time / dlops' time")

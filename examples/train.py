@@ -1,6 +1,6 @@
 """Train an image classifier on dlops' conv2d, max_pool2d and focal loss.
 
-python examples/train.py                # the default recipe, about a minute on two cores
+python examples/train.py                # the default recipe on dlops
 python examples/train.py --impl torch   # the identical network on torch.nn, same seed
 python examples/train.py --help
 """
