@@ -42,6 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for kind, meaning in KINDS.items():
         config.addinivalue_line("markers", f"{kind}: {meaning}")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    # Native's own, for a case that is compared with it.
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
@@ -59,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # A test that passes reports once, in its call; a failing fixture or a skip in its setup.
     if report.when == "call" or report.outcome != "passed":
-        _outcomes[_kind_of[report.nodeid], report.outcome] += 1
+        _outcomes[_kind_of.get(report.nodeid, "other"), report.outcome] += 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

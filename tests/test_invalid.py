@@ -189,7 +189,7 @@ FOCAL = [
     refused_loss("target_of_row_batch", "target", "5", LOGITS[0], LABELS),
     refused_loss("probabilities_classes", "target", "5, 3", LOGITS, PROBABILITIES[:, :3]),
     refused_loss("probabilities_batch", "target", "1, 4", LOGITS, PROBABILITIES[:1]),
-    refused_loss("indices_as_probabilities", "target", "Long", LOGITS, PROBABILITIES.long()),
+    refused_loss("indices_as_probabilities", "target", "5, 4", LOGITS, PROBABILITIES.long()),
     *(
         refused_loss(f"target_{name}", "target", name, LOGITS, LABELS.to(dtype))
         for name, dtype in (

@@ -11,7 +11,11 @@ from checks import normal
 
 import dlops  # noqa: F401  (registers the operators)
 
-pytestmark = pytest.mark.opcheck
+pytestmark = [
+    pytest.mark.opcheck,
+    # torch only warns where a gradient gets lost.
+    pytest.mark.filterwarnings("error:.*an autograd kernel was not registered"),
+]
 
 ops = torch.ops.dlops
 
