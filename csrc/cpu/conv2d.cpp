@@ -43,18 +43,49 @@ at::Tensor grouped_weight(const at::Tensor& weight, const Conv2dGeometry& g) {
       .view({g.groups, g.outputs_per_group(), g.channels_per_group(), g.R, g.S});
 }
 
-// The weight of each channel block as a contiguous (groups, R S c, Og) or, for grad_input,
-// (groups, Og, R S c) matrix: the order in which a channels_last panel holds its columns.
+// (batch, rows, cols) as (batch, cols, rows), in memory.
+at::Tensor transposed(const at::Tensor& matrices) {
+  const int64_t rows = matrices.size(1), cols = matrices.size(2);
+  at::Tensor result = at::empty({matrices.size(0), cols, rows}, matrices.options());
+  constexpr int64_t kStrip = 64;
+  const int64_t strips = ceil_div(cols, kStrip);
+  AT_DISPATCH_ALL_TYPES_AND_COMPLEX(matrices.scalar_type(), "conv2d", [&] {
+    const auto flip = DLOPS_SIMD(transpose, scalar_t, scalar_t);
+    const scalar_t* from = matrices.const_data_ptr<scalar_t>();
+    scalar_t* to = result.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, matrices.size(0) * strips, grain(kStrip * rows),
+                     [&](int64_t begin, int64_t end) {
+                       for (int64_t i = begin; i < end; ++i) {
+                         const int64_t matrix = i / strips * rows * cols, col = i % strips * kStrip;
+                         flip(from + matrix + col, cols, rows, std::min(kStrip, cols - col),
+                              to + matrix + col * rows, rows);
+                       }
+                     });
+  });
+  return result;
+}
+
+// The weight of each channel block as (groups, Og, R S c) matrices: the order in which a
+// channels_last panel holds its columns.
 std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Conv2dGeometry& g,
-                                              const ChannelBlocks& blocks, bool outputs_first) {
+                                              const ChannelBlocks& blocks) {
+  const int64_t Og = g.outputs_per_group();
+  const at::Tensor grouped = weight.to(sum_type(weight.scalar_type())).unflatten(0, {g.groups, Og});
   std::vector<at::Tensor> result;
   for (int64_t i = 0; i < blocks.count(); ++i) {
-    const Interval c = blocks[i];
-    const at::Tensor part = grouped_weight(weight, g).narrow(2, c.begin, c.end - c.begin);
-    result.push_back((outputs_first ? part.permute({0, 1, 3, 4, 2}) : part.permute({0, 3, 4, 2, 1}))
-                         .contiguous());
+    const int64_t c0 = blocks[i].begin, count = blocks[i].end - c0;
+    result.push_back(grouped.narrow(2, c0, count)
+                         .permute({0, 1, 3, 4, 2})
+                         .contiguous()
+                         .view({g.groups, Og, g.R * g.S * count}));
   }
   return result;
+}
+
+// Groups with few channels make thin matrices in channels_last: those run contiguous.
+at::MemoryFormat compute_format(const Conv2dGeometry& g, at::MemoryFormat format) {
+  const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
+  return thin ? at::MemoryFormat::Contiguous : format;
 }
 
 // ------------------------------------------------------------------------------------ forward
@@ -72,8 +103,13 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
   const int64_t outputs = std::max<int64_t>(std::min<int64_t>(Og, 64), ceil_div(Og, wanted));
   const int64_t splits = ceil_div(Og, outputs);
 
-  const std::vector<at::Tensor> weights = last ? channels_last_weights(weight, g, channels, false)
-                                               : std::vector<at::Tensor>{grouped_weight(weight, g)};
+  std::vector<at::Tensor> weights;
+  if constexpr (last) {
+    for (const at::Tensor& part : channels_last_weights(weight, g, channels))
+      weights.push_back(transposed(part));
+  } else {
+    weights.push_back(grouped_weight(weight, g));
+  }
   const scalar_t* input_data = input.const_data_ptr<scalar_t>();
   const sum_t* bias_data = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
   scalar_t* output_data = output.mutable_data_ptr<scalar_t>();
@@ -126,16 +162,18 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     sum_bias.defined() ? output.copy_(sum_bias.view({1, g.O, 1, 1})) : output.zero_();
     return output;
   }
-  const at::Tensor dense = input.contiguous(format);
+  const at::MemoryFormat computed = compute_format(g, format);
+  const at::Tensor dense = input.contiguous(computed);
+  at::Tensor result = computed == format ? output : at::empty(output.sizes(), output.options());
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d", [&] {
-        if (format == at::MemoryFormat::ChannelsLast) {
-          forward<scalar_t, true>(g, dense, weight, sum_bias, output);
+        if (computed == at::MemoryFormat::ChannelsLast) {
+          forward<scalar_t, true>(g, dense, weight, sum_bias, result);
         } else {
-          forward<scalar_t, false>(g, dense, weight, sum_bias, output);
+          forward<scalar_t, false>(g, dense, weight, sum_bias, result);
         }
       });
-  return output;
+  return result.contiguous(format);
 }
 
 // --------------------------------------------------------------------------------- grad_input
@@ -152,11 +190,9 @@ void grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output, const at
   const int64_t strip = std::min<int64_t>(images.max_pixels(), kMinPixels);
 
   const std::vector<at::Tensor> weights =
-      last ? channels_last_weights(weight, g, channels, true)
-           : std::vector<at::Tensor>{grouped_weight(weight, g)
-                                         .view({g.groups, Og, Cg * cells})
-                                         .transpose(1, 2)
-                                         .contiguous()};
+      last ? channels_last_weights(weight, g, channels)
+           : std::vector<at::Tensor>{
+                 transposed(grouped_weight(weight, g).view({g.groups, Og, Cg * cells}))};
   // Sums of a low-precision type are kept in float32 until all of them are in.
   const bool same_type = std::is_same_v<scalar_t, sum_t>;
   const at::Tensor sums =
@@ -205,18 +241,19 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
       input_size, weight.sizes(), {stride, padding, dilation, groups}, "conv2d_grad_input");
   check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_input");
   const at::MemoryFormat format = memory_format(grad_output, weight);
-  at::Tensor result = at::empty(input_size, grad_output.options().memory_format(format));
-  if (result.numel() == 0) return result;
-  const at::Tensor dense = grad_output.contiguous(format);
+  const at::MemoryFormat computed = compute_format(g, format);
+  at::Tensor result = at::empty(input_size, grad_output.options().memory_format(computed));
+  if (result.numel() == 0) return result.contiguous(format);
+  const at::Tensor dense = grad_output.contiguous(computed);
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
                                          "conv2d_grad_input", [&] {
-                                           if (format == at::MemoryFormat::ChannelsLast) {
+                                           if (computed == at::MemoryFormat::ChannelsLast) {
                                              grad_input<scalar_t, true>(g, dense, weight, result);
                                            } else {
                                              grad_input<scalar_t, false>(g, dense, weight, result);
                                            }
                                          });
-  return result;
+  return result.contiguous(format);
 }
 
 // -------------------------------------------------------------------------------- grad_weight
@@ -302,11 +339,12 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   at::Tensor result = at::empty(weight_size, grad_output.options().memory_format(format));
   if (result.numel() == 0) return result;
   if (g.N == 0) return result.zero_();
-  const at::Tensor dense_input = input.contiguous(format);
-  const at::Tensor dense_grad = grad_output.contiguous(format);
+  const at::MemoryFormat computed = compute_format(g, format);
+  const at::Tensor dense_input = input.contiguous(computed);
+  const at::Tensor dense_grad = grad_output.contiguous(computed);
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
-        if (format == at::MemoryFormat::ChannelsLast) {
+        if (computed == at::MemoryFormat::ChannelsLast) {
           grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
         } else {
           grad_weight<scalar_t, false>(g, dense_grad, dense_input, result);

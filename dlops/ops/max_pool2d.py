@@ -174,6 +174,26 @@ def fold_both(
     return fold(values, in_dims[0]), fold(cells, in_dims[1])
 
 
+# ----------------------------------------------------- the op without cells, where it is called raw
+
+
+def _save_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, *ctx.window = inputs
+    ctx.save_for_backward(input)
+
+
+def _choose_again(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    (input,) = ctx.saved_tensors
+    *window, _ = ctx.window
+    _, cells = max_pool2d(input.detach(), *ctx.window)
+    return scatter(grad_output, cells, input.shape, *window), None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "dlops::max_pool2d_values", _choose_again, setup_context=_save_input
+)
+
+
 # ------------------------------------------------------------------------------------ fake kernels
 
 

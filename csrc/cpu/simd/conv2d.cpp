@@ -1,11 +1,13 @@
 #include "cpu/simd/conv2d.h"
 
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <c10/util/complex.h>
 
 #include <algorithm>
-#include <cstring>
+#include <type_traits>
 
 namespace dlops::cpu {
 namespace {
@@ -184,6 +186,11 @@ void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int6
 template <int capability, class from_t, class to_t>
 void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
                int64_t to_ld) {
+  if constexpr (std::is_same_v<from_t, to_t> && std::is_floating_point_v<to_t>) {
+    at::vec::transpose_mxn<to_t>(from, from_ld, to, to_ld, static_cast<int>(rows),
+                                 static_cast<int>(cols));
+    return;
+  }
   constexpr int64_t tile = 16;  // one cache line of float32 either way
   for (int64_t i0 = 0; i0 < rows; i0 += tile) {
     const int64_t i1 = std::min(rows, i0 + tile);

@@ -37,10 +37,24 @@ struct Rows {
   // Copies the rows' elements of a tensor like the input into a tile. Missing lanes are 0.
   void read(const scalar_t* from, T* tile) const {
     if (count < lanes) std::fill_n(tile, tile_size(args.classes), T(0));
+    if constexpr (std::is_same_v<scalar_t, T>) {
+      if (args.inner == 1) {
+        at::vec::transpose_mxn<T>(from + first * args.classes, args.classes, tile, lanes,
+                                  static_cast<int>(count), static_cast<int>(args.classes));
+        return;
+      }
+    }
     for_each_element(
         [&](int64_t at, int64_t element) { tile[at] = static_cast<T>(from[element]); });
   }
   void write(const T* tile, scalar_t* to) const {
+    if constexpr (std::is_same_v<scalar_t, T>) {
+      if (args.inner == 1) {
+        at::vec::transpose_mxn<T>(tile, lanes, to + first * args.classes, args.classes,
+                                  static_cast<int>(args.classes), static_cast<int>(count));
+        return;
+      }
+    }
     for_each_element(
         [&](int64_t at, int64_t element) { to[element] = static_cast<scalar_t>(tile[at]); });
   }

@@ -10,7 +10,7 @@
 
 namespace dlops::cpu {
 
-// Bytes of working memory for one thread of the contiguous functions.
+// Bytes of working memory for one thread of the functions that take `scratch`.
 template <int capability, class scalar_t, class cell_t>
 int64_t max_pool2d_scratch(const Pool2dGeometry& g);
 
@@ -32,6 +32,6 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
 template <int capability, class scalar_t, class cell_t>
 void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
                                   const scalar_t* grad_output, const cell_t* cells,
-                                  scalar_t* grad_input);
+                                  scalar_t* grad_input, void* scratch);
 
 }  // namespace dlops::cpu
