@@ -310,7 +310,8 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   check_dtype(grad_output, "grad_output", "conv2d_grad_weight");
   const c10::DeviceGuard guard(grad_output.device());
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  at::Tensor grad_weight = at::empty(weight_size, grad_output.options());
+  at::Tensor grad_weight = at::empty(
+      weight_size, grad_output.options().memory_format(memory_format(input, grad_output)));
   if (grad_weight.numel() == 0) return grad_weight;
   if (g.N == 0) return grad_weight.zero_();
   const Chunks chunks(g, input.element_size());

@@ -37,9 +37,9 @@ struct HostThread {
   }
 };
 
-// A few real threads, so that the parts of the code that share a row among several are run too.
+// Real threads, so that the parts of the code that share a row among several are run too.
 struct HostTeam {
-  static constexpr int size = 3;
+  static constexpr int size = 2;
   struct Shared {
     std::barrier<> barrier{size};
     std::byte values[size][64];

@@ -1,0 +1,119 @@
+"""The CUDA ops without a GPU: csrc/cuda/*.cu, compiled as plain C++, in place of the CPU kernels.
+
+host/host_launch.h stands in for the launches, so that the launchers, the index maps and the
+arithmetic of every CUDA op come under the op tests. What this cannot show: that the threads of a
+block work together, cuBLAS, and what nvcc makes of the code.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+from process import PACKAGE
+from torch.utils import cpp_extension
+
+TESTS = Path(__file__).resolve().parent.parent
+CSRC = TESTS.parent / "csrc"
+
+pytestmark = pytest.mark.skipif(
+    not CSRC.exists(), reason="needs the source tree; this is a test of the wheel"
+)
+
+# The op tests, without those of thread counts. Low-precision convolution needs cuBLAS's float32
+# results, and the bits of a product are the library's affair.
+SUITES = {
+    "conv2d": "not float16 and not bfloat16 and not does_not_feel and not same_bits",
+    "unfold": "not same_bits",
+    "max_pool2d": "not same_bits",
+    "sigmoid_focal_loss": "not same_bits",
+    "focal_loss": "not same_bits",
+}
+
+
+def compile_command(source: Path, target: Path) -> list[str | Path]:
+    include = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    texts = ("VERSION", "TORCH_VERSION", "CPU_CAPABILITIES")
+    texts += ("CUDA_REASON", "CUDA_VERSION", "CUDA_ARCH_LIST")
+    return [
+        *os.environ.get("CXX", "g++").split(),
+        *("-std=c++20", "-O1", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror"),
+        *(flag for folder in include for flag in ("-isystem", folder)),
+        *("-I", CSRC, "-I", TESTS / "gpu" / "host", "-DTORCH_EXTENSION_NAME=_C"),
+        *(f'-DDLOPS_{name}=""' for name in texts),
+        *("-x", "c++", "-c", source, "-o", target),
+    ]
+
+
+def run(command: list[str | Path]) -> None:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dlops whose kernels are those of csrc/cuda."""
+    folder = tmp_path_factory.mktemp("on_host")
+    copy = folder / "dlops"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    sources = [*CSRC.glob("*.cpp"), CSRC / "cpu" / "capability.cpp", *CSRC.glob("cuda/*.cu")]
+    objects = [folder / f"{source.name}.o" for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, map(compile_command, sources, objects)))
+    library = Path(torch.__file__).parent / "lib"
+    torch_libraries = ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
+    binary = copy / f"_C{EXTENSION_SUFFIXES[0]}"
+    cxx = os.environ.get("CXX", "g++").split()
+    run([*cxx, "-shared", "-pthread", *objects, "-L", library, *torch_libraries, "-o", binary])
+    return folder
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="links as on Linux")
+@pytest.mark.parametrize("suite", SUITES)
+def test_op_tests(suite: str, package: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-c", str(TESTS.parent / "pyproject.toml"), "-k", SUITES[suite]]
+    result = subprocess.run(
+        [*command, str(TESTS / f"test_{suite}.py")],
+        cwd=package,  # which comes first on the path
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed is not None, result.stdout[-2000:]
+    assert int(passed[1]) > 50
+
+
+def test_it_is_the_cuda_code_that_ran(package: Path) -> None:
+    """The copy registers every op for the CPU key, from csrc/cuda."""
+    code = """
+import dlops, torch
+print(dlops.__file__)
+x = torch.ones(1, 1, 3, 3, dtype=torch.int64)
+try:
+    dlops.functional.conv2d(x, x)
+except NotImplementedError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=package,
+        env={**os.environ, "PYTHONPATH": str(package)},
+        capture_output=True,
+        text=True,
+    )
+    assert str(package) in result.stdout, result.stderr
+    assert "on CUDA input must be floating-point or complex" in result.stdout
