@@ -115,6 +115,18 @@ struct Sum {
   }
 };
 
+// The sum of f(c) over the classes, in four chains that the processor runs side by side.
+template <class M, class F>
+typename M::V sum_over(int64_t classes, const F& f) {
+  Sum<M> chains[4];
+  int64_t c = 0;
+  for (; c + 4 <= classes; c += 4)
+    for (int64_t i = 0; i < 4; ++i) chains[i].add(f(c + i));
+  for (; c < classes; ++c) chains[0].add(f(c));
+  for (int64_t i = 1; i < 4; ++i) chains[0].add(chains[i].total);
+  return chains[0].total;
+}
+
 // A tile's softmax. The largest logit is left out of the sum: then no digit of a probability near 1
 // is lost, nor of its complement.
 template <class scalar_t>
@@ -124,47 +136,47 @@ struct Softmax {
   using V = typename R::V;
   using T = typename R::T;
   const R& rows;
-  V max, argmax;
-  V others;      // sum of exp(x - max) over the other classes
+  V max;
+  V others;      // sum of exp(x - max) over the classes but one of the largest
   V log_sum;     // log(1 + others)
-  V inverse;     // 1 / (1 + others): the probability of argmax
+  V inverse;     // 1 / (1 + others): the largest probability
   V complement;  // 1 - that
 
-  // With `exps`, exp(x - max) is kept there; 0 for argmax.
-  explicit Softmax(const R& rows, T* exps = nullptr)
-      : rows(rows), max(rows.logit(0)), argmax(T(0)) {
-    for (int64_t c = 1; c < rows.args.classes; ++c) {
-      const V x = rows.logit(c), larger = x > max;
-      max = M::select(larger, x, max);
-      argmax = M::select(larger, V(T(c)), argmax);
-    }
-    Sum<M> sum;
-    for (int64_t c = 0; c < rows.args.classes; ++c) {
-      // For argmax the difference is 0, or NaN where the row has no softmax.
-      const V shifted = rows.logit(c) - max;
-      const V e = M::select(is_argmax(c), shifted, M::exp(shifted));
-      sum.add(e);
+  // With `exps`, exp(x - max) is kept there.
+  explicit Softmax(const R& rows, T* exps = nullptr) : rows(rows), max(largest(rows)) {
+    V ties(T(-1));
+    const V smaller = sum_over<M>(rows.args.classes, [&](int64_t c) {
+      const V shifted = rows.logit(c) - max, tie = is_max(c), e = M::exp(shifted);
       if (exps != nullptr) e.store(exps + c * R::lanes);
-    }
-    others = sum.total;
+      ties = ties + M::select(tie, V(T(1)), V(T(0)));
+      // The difference of a largest logit is 0, or NaN where the row has no softmax.
+      return M::select(tie, shifted, e);
+    });
+    others = smaller + ties;
     log_sum = M::log1p(others);
     inverse = V(T(1)) / (V(T(1)) + others);
     complement = others * inverse;
   }
-  V is_argmax(int64_t c) const { return M::eq(argmax, V(T(c))); }
-  V log_p(V logit, V is_max) const {
-    return M::select(is_max, V(T(0)) - log_sum, (logit - max) - log_sum);
+  static V largest(const R& rows) {
+    V max[4] = {rows.logit(0), rows.logit(0), rows.logit(0), rows.logit(0)};
+    int64_t c = 0;
+    for (; c + 4 <= rows.args.classes; c += 4)
+      for (int64_t i = 0; i < 4; ++i) max[i] = M::max(max[i], rows.logit(c + i));
+    for (; c < rows.args.classes; ++c) max[0] = M::max(max[0], rows.logit(c));
+    return M::max(M::max(max[0], max[1]), M::max(max[2], max[3]));
+  }
+  V is_max(int64_t c) const { return M::eq(rows.logit(c), max); }
+  V log_p(V logit) const {
+    return M::select(M::eq(logit, max), V(T(0)) - log_sum, (logit - max) - log_sum);
   }
   // phi and its derivatives for the class with this logit
-  SoftmaxFocal<M> focal(V logit, V is_max) const {
-    const V lp = log_p(logit, is_max);
-    const V not_p = M::select(is_max, complement, V(T(1)) - M::exp(lp));
+  SoftmaxFocal<M> focal(V logit) const {
+    const V lp = log_p(logit);
+    const V not_p = M::select(M::eq(logit, max), complement, V(T(1)) - M::exp(lp));
     return SoftmaxFocal<M>(lp, not_p, static_cast<T>(rows.args.gamma));
   }
-  SoftmaxFocal<M> focal(int64_t c) const { return focal(rows.logit(c), is_argmax(c)); }
-  V p(int64_t c) const {
-    return M::select(is_argmax(c), inverse, M::exp(rows.logit(c) - max) * inverse);
-  }
+  SoftmaxFocal<M> focal(int64_t c) const { return focal(rows.logit(c)); }
+  V p(int64_t c) const { return M::exp(rows.logit(c) - max) * inverse; }
 };
 
 // A vector times a factor that may be 0: then 0, even where the vector is infinite.
@@ -195,14 +207,11 @@ typename Rows<scalar_t>::V row_losses(const Rows<scalar_t>& rows,
   const Softmax<scalar_t> softmax(rows);
   V loss(0);
   if (rows.one_class_each()) {
-    const V is_max = M::eq(rows.target(), softmax.argmax);
-    loss =
-        weighted<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows), is_max).loss());
+    loss = weighted<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows)).loss());
   } else {
-    Sum<M> sum;
-    for (int64_t c = 0; c < rows.args.classes; ++c)
-      sum.add(weighted<M>(rows.weight(c) * rows.share(c, target), softmax.focal(c).loss()));
-    loss = sum.total;
+    loss = sum_over<M>(rows.args.classes, [&](int64_t c) {
+      return weighted<M>(rows.weight(c) * rows.share(c, target), softmax.focal(c).loss());
+    });
   }
   return M::select(rows.valid(), loss, V(0));
 }
@@ -266,12 +275,12 @@ void one_class_gradient(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V f
   using M = typename R::M;
   using V = typename R::V;
   const Softmax<scalar_t> softmax(rows, result);
-  const V target = rows.target(), is_max = M::eq(target, softmax.argmax);
-  const SoftmaxFocal<M> focal = softmax.focal(target_logit(rows), is_max);
+  const V target = rows.target();
+  const SoftmaxFocal<M> focal = softmax.focal(target_logit(rows));
   const V slope = weighted<M>(factor * V::loadu(rows.target_weight), focal.first());
   const V minus_slope = (V(0) - slope) * softmax.inverse;
   for (int64_t c = 0; c < rows.args.classes; ++c) {
-    const V e = M::select(softmax.is_argmax(c), V(1), V::loadu(result + c * R::lanes));
+    const V e = V::loadu(result + c * R::lanes);
     const V is_target = M::eq(target, V(typename R::T(c)));
     M::select(is_target, slope * focal.not_p, minus_slope * e).store(result + c * R::lanes);
   }
@@ -285,15 +294,14 @@ void general_gradient(const Rows<scalar_t>& rows, const at::opmath_type<scalar_t
   using M = typename R::M;
   using V = typename R::V;
   const Softmax<scalar_t> softmax(rows);
-  Sum<M> sum;
-  for (int64_t c = 0; c < rows.args.classes; ++c) {
-    const V slope =
-        weighted<M>(factor * rows.weight(c) * rows.share(c, target), softmax.focal(c).first());
-    sum.add(slope);
+  const V sum = sum_over<M>(rows.args.classes, [&](int64_t c) {
+    const V share = rows.weight(c) * rows.share(c, target);
+    const V slope = weighted<M>(factor * share, softmax.focal(c).first());
     slope.store(result + c * R::lanes);
-  }
+    return slope;
+  });
   for (int64_t c = 0; c < rows.args.classes; ++c)
-    (V::loadu(result + c * R::lanes) - softmax.p(c) * sum.total).store(result + c * R::lanes);
+    (V::loadu(result + c * R::lanes) - softmax.p(c) * sum).store(result + c * R::lanes);
 }
 
 // A tangent of the logits relative to its mean under the softmax, v_c - p.v, and the same divided
@@ -311,10 +319,9 @@ struct Centred {
       : softmax(softmax), tangent(tangent), at_max(0), max_minus_mean(0) {
     if (tangent == nullptr) return;
     const int64_t classes = softmax.rows.args.classes;
-    for (int64_t c = 0; c < classes; ++c) at_max = M::select(softmax.is_argmax(c), raw(c), at_max);
-    Sum<M> sum;
-    for (int64_t c = 0; c < classes; ++c) sum.add(softmax.p(c) * (at_max - raw(c)));
-    max_minus_mean = sum.total;
+    for (int64_t c = 0; c < classes; ++c) at_max = M::select(softmax.is_max(c), raw(c), at_max);
+    max_minus_mean =
+        sum_over<M>(classes, [&](int64_t c) { return softmax.p(c) * (at_max - raw(c)); });
   }
   V raw(int64_t c) const { return V::loadu(tangent + c * R::lanes); }
   V value(int64_t c) const {

@@ -11,7 +11,7 @@ template <class T>
 struct VecMath {
   using V = at::vec::Vectorized<T>;
   using Scalar = T;
-  static V exp(V x) { return x.exp(); }
+  static V exp(V x) { return x.exp_u20(); }  // what native softmax uses
   static V expm1(V x) { return x.expm1(); }
   static V log(V x) { return x.log(); }
   static V log1p(V x) { return x.log1p(); }
