@@ -26,7 +26,7 @@ def report(error: ImportError | None = None) -> str:
         ("CPU", f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores usable"),
     ]
     lines += _broken(error) if error else _working()
-    lines += [(name, os.environ[name]) for name in ENVIRONMENT if name in os.environ]
+    lines += [(name, repr(os.environ[name])) for name in ENVIRONMENT if name in os.environ]
     width = max(len(name) for name, _ in lines) + 2
     indent = "\n" + " " * width
     return "\n".join(f"{name:<{width}}{text.replace(chr(10), indent)}" for name, text in lines)

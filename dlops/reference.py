@@ -299,7 +299,7 @@ def _reduce(loss: Array, reduction: str, normalizer: float) -> Array:
     if reduction == "none":
         return loss
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN, as in torch
-        return loss.sum() / (np.float64(normalizer) if reduction == "mean" else 1.0)
+        return np.asarray(loss.sum() / (np.float64(normalizer) if reduction == "mean" else 1.0))
 
 
 def _spread(grad_output: ArrayLike, shape: tuple[int, ...], reduction: str, total: float) -> Array:
