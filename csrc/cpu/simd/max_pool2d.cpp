@@ -31,26 +31,49 @@ constexpr T lowest() {
                                               : std::numeric_limits<T>::lowest();
 }
 
-// The best value and its cell for a vector of windows.
-template <class scalar_t, class cell_t>
+// Vectors of windows that are worked on side by side: one alone would wait for its own comparisons.
+constexpr int64_t kBlocks = 4;
+
+// The best value and its cell for `blocks` vectors of windows.
+template <class scalar_t, class cell_t, int64_t blocks>
 struct Windows {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   static constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  Vector<value_t, lanes> best = fill<value_t, lanes>(lowest<value_t>());
-  Vector<id_t, lanes> cell;
+  Vector<value_t, lanes> best[blocks];
+  Vector<id_t, lanes> cell[blocks];
 
-  explicit Windows(Vector<id_t, lanes> first_cell) : cell(first_cell) {}
-  void visit(Vector<value_t, lanes> values, id_t id) {
-    const auto takes = (values > best) | (values != values);
-    best = takes ? values : best;
-    cell = takes ? fill<id_t, lanes>(id) : cell;
+  Windows() {
+    for (auto& value : best) value = fill<value_t, lanes>(lowest<value_t>());
+  }
+  // `count` values are there; any number where there is more than one block.
+  template <class from_t>
+  void visit(const from_t* values, int64_t count, id_t id) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const auto value = blocks > 1 ? load<value_t, lanes>(values + b * lanes)
+                                    : load_part<value_t, lanes>(values, count);
+      const auto takes = (value > best[b]) | (value != value);
+      best[b] = takes ? value : best[b];
+      cell[b] = takes ? fill<id_t, lanes>(id) : cell[b];
+    }
   }
   void store(scalar_t* output, cell_t* cells, int64_t count) const {
-    store_part<lanes>(best, output, count);
-    if (cells != nullptr) store_part<lanes>(cell, cells, count);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t left = blocks > 1 ? lanes : count;
+      store_part<lanes>(best[b], output + b * lanes, left);
+      if (cells != nullptr) store_part<lanes>(cell[b], cells + b * lanes, left);
+    }
   }
 };
+
+// Calls f(position, blocks as a constant) until `count` elements are covered.
+template <int64_t lanes, class F>
+void for_each_block(int64_t count, const F& f) {
+  int64_t at = 0;
+  for (; at + kBlocks * lanes <= count; at += kBlocks * lanes)
+    f(at, std::integral_constant<int64_t, kBlocks>());
+  for (; at < count; at += lanes) f(at, std::integral_constant<int64_t, 1>());
+}
 
 // The kernel rows [begin, end) that lie in the image for output row oh.
 struct Range {
@@ -79,25 +102,87 @@ void for_each_window(int64_t i, int64_t stride, int64_t padding, int64_t dilatio
   }
 }
 
-// Working memory of the contiguous kernels, cut from one buffer: phased input rows, which input row
-// each of them holds, and the first kernel column in the image for each output column.
+// Working memory of the contiguous kernels, cut from one buffer.
 template <class scalar_t, class cell_t>
 struct Workspace {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
-  int64_t slots;
-  value_t* rows;
-  int64_t* held;
-  id_t* first;
+  int64_t slots;           // input rows that are kept phased
+  value_t* rows;           // those rows
+  int64_t* held;           // which input row each of them is
+  const value_t** window;  // the rows of the current windows, by kernel row
+  int64_t* offsets;        // where a phased row begins for each kernel column
+  id_t* first;             // the first kernel column in the image, for each output column
 
   Workspace(const Pool2dGeometry& g, const PhasedRows& phased, void* scratch)
       : slots(std::min(g.H, g.dilation_h * (g.kernel_h - 1) + 1)),
         rows(static_cast<value_t*>(scratch)),
         held(reinterpret_cast<int64_t*>(rows + aligned(slots * phased.size()))),
-        first(reinterpret_cast<id_t*>(held + aligned(slots))) {}
+        window(reinterpret_cast<const value_t**>(held + aligned(slots))),
+        offsets(reinterpret_cast<int64_t*>(window + aligned(g.kernel_h))),
+        first(reinterpret_cast<id_t*>(offsets + aligned(g.kernel_w))) {}
+  void prepare(const Pool2dGeometry& g, const PhasedRows& phased) const {
+    std::fill_n(held, slots, int64_t(-1));
+    for (int64_t s = 0; s < g.kernel_w; ++s) offsets[s] = phased.offset(s);
+    for (int64_t ow = 0; ow < g.OW; ++ow)
+      first[ow] = static_cast<id_t>(columns_inside(g, ow).begin);
+  }
   static int64_t bytes(const Pool2dGeometry& g) {
     const Workspace none(g, PhasedRows(g), nullptr);
     return reinterpret_cast<intptr_t>(none.first + aligned(g.OW + kRowSlack));
+  }
+  static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
+};
+
+// Working memory of the contiguous backward: the last few output rows' gradients and cells between
+// margins of zeros, so that every kernel column's window of them is a plain vector load.
+template <class scalar_t, class cell_t>
+struct ScatterWorkspace {
+  using value_t = work_t<scalar_t, cell_t>;
+  using id_t = UnsignedOf<value_t>;
+  int64_t slots, margin, width;
+  value_t* grads;
+  id_t* cells;
+  value_t* row;      // the phased input row that is being summed
+  int64_t* held;     // which output row is in each slot
+  int64_t* windows;  // of the current input row: where the output row begins, its first cell
+  int64_t* phase;    // for each kernel column, the phase it is in
+  int64_t* shift;    // and how far its output column lies to the left
+
+  ScatterWorkspace(const Pool2dGeometry& g, const PhasedRows& phased, void* scratch)
+      : slots(std::min(g.OH, g.dilation_h * (g.kernel_h - 1) / g.stride_h + 1)),
+        margin(g.dilation_w * (g.kernel_w - 1) / g.stride_w),
+        width(margin + phased.stored_width() + kRowSlack),
+        grads(static_cast<value_t*>(scratch)),
+        cells(reinterpret_cast<id_t*>(grads + aligned(slots * width))),
+        row(reinterpret_cast<value_t*>(cells + aligned(slots * width))),
+        held(reinterpret_cast<int64_t*>(row + aligned(phased.size()))),
+        windows(held + aligned(slots)),
+        phase(windows + aligned(2 * g.kernel_h)),
+        shift(phase + aligned(g.kernel_w)) {}
+  void prepare(const Pool2dGeometry& g) const {
+    std::fill_n(grads, slots * width, value_t(0));
+    std::fill_n(cells, slots * width, id_t(0));
+    std::fill_n(held, slots, int64_t(-1));
+    for (int64_t s = 0; s < g.kernel_w; ++s) {
+      phase[s] = s * g.dilation_w % g.stride_w;
+      shift[s] = s * g.dilation_w / g.stride_w;
+    }
+  }
+  // Copies output row oh unless its slot holds it.
+  void keep(const Pool2dGeometry& g, int64_t oh, const scalar_t* grad_output,
+            const cell_t* chosen) const {
+    const int64_t slot = oh % slots, at = slot * width + margin;
+    if (held[slot] == oh) return;
+    held[slot] = oh;
+    for (int64_t ow = 0; ow < g.OW; ++ow)
+      grads[at + ow] = static_cast<value_t>(grad_output[oh * g.OW + ow]);
+    for (int64_t ow = 0; ow < g.OW; ++ow)
+      cells[at + ow] = static_cast<id_t>(chosen[oh * g.OW + ow]);
+  }
+  static int64_t bytes(const Pool2dGeometry& g) {
+    const ScatterWorkspace none(g, PhasedRows(g), nullptr);
+    return reinterpret_cast<intptr_t>(none.shift + aligned(g.kernel_w));
   }
   static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
 };
@@ -106,7 +191,8 @@ struct Workspace {
 
 template <int capability, class scalar_t, class cell_t>
 int64_t max_pool2d_scratch(const Pool2dGeometry& g) {
-  return Workspace<scalar_t, cell_t>::bytes(g);
+  return std::max(Workspace<scalar_t, cell_t>::bytes(g),
+                  ScatterWorkspace<scalar_t, cell_t>::bytes(g));
 }
 
 template <int capability, class scalar_t, class cell_t>
@@ -117,32 +203,29 @@ void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const sc
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
   const PhasedRows phased(g);
   const Workspace<scalar_t, cell_t> work(g, phased, scratch);
-  std::fill_n(work.held, work.slots, int64_t(-1));
-  // Where a window of nothing but -inf points.
-  for (int64_t ow = 0; ow < g.OW; ++ow)
-    work.first[ow] = static_cast<id_t>(columns_inside(g, ow).begin);
-
+  work.prepare(g, phased);
   for (int64_t oh = oh0; oh < oh1; ++oh) {
     const Range r = rows_inside(g, oh);
-    const auto row = [&](int64_t i) {
+    for (int64_t i = r.begin; i < r.end; ++i) {
       const int64_t ih = g.input_row(oh, i), slot = ih % work.slots;
-      value_t* held = work.rows + slot * phased.size();
-      if (work.held[slot] != ih) phased.split(input + ih * g.W, lowest<value_t>(), held);
+      value_t* row = work.rows + slot * phased.size();
+      if (work.held[slot] != ih) phased.split(input + ih * g.W, lowest<value_t>(), row);
       work.held[slot] = ih;
-      return held;
-    };
+      work.window[i] = row;
+    }
     const id_t base = static_cast<id_t>(r.begin * g.kernel_w);
-    for (int64_t ow = 0; ow < g.OW; ow += lanes) {
-      Windows<scalar_t, cell_t> windows(load<id_t, lanes>(work.first + ow) + base);
+    for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
+      Windows<scalar_t, cell_t, blocks> windows;
+      for (int64_t b = 0; b < blocks; ++b)
+        windows.cell[b] = load<id_t, lanes>(work.first + ow + b * lanes) + base;
       for (int64_t i = r.begin; i < r.end; ++i) {
-        const value_t* values = row(i) + ow;
+        const value_t* values = work.window[i] + ow;
         for (int64_t s = 0; s < g.kernel_w; ++s)
-          windows.visit(load<value_t, lanes>(values + phased.offset(s)),
-                        static_cast<id_t>(i * g.kernel_w + s));
+          windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(i * g.kernel_w + s));
       }
       windows.store(output + oh * g.OW + ow, cells == nullptr ? nullptr : cells + oh * g.OW + ow,
                     g.OW - ow);
-    }
+    });
   }
 }
 
@@ -154,24 +237,34 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
   const PhasedRows phased(g);
-  const Workspace<scalar_t, cell_t> work(g, phased, scratch);
+  const ScatterWorkspace<scalar_t, cell_t> work(g, phased, scratch);
+  work.prepare(g);
   for (int64_t ih = ih0; ih < ih1; ++ih) {
-    std::fill_n(work.rows, phased.size(), value_t(0));
-    const auto add = [&](int64_t oh, int64_t r) {
-      for (int64_t ow = 0; ow < g.OW; ow += lanes) {
-        const int64_t at = oh * g.OW + ow, count = g.OW - ow;
-        const auto grad = load_part<value_t, lanes>(grad_output + at, count);
-        const auto chosen = load_part<id_t, lanes>(cells + at, count);
-        for (int64_t s = 0; s < g.kernel_w; ++s) {
-          value_t* sum = work.rows + phased.offset(s) + ow;
-          const auto mine = chosen == static_cast<id_t>(r * g.kernel_w + s);
-          const auto total = load<value_t, lanes>(sum) + (mine ? grad : Vector<value_t, lanes>{});
-          store_part<lanes>(total, sum, lanes);
+    int64_t count = 0;
+    for_each_window(ih, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH,
+                    [&](int64_t oh, int64_t r) {
+                      work.keep(g, oh, grad_output, cells);
+                      work.windows[2 * count] = oh % work.slots * work.width + work.margin;
+                      work.windows[2 * count + 1] = r * g.kernel_w;
+                      ++count;
+                    });
+    for (int64_t phase = 0; phase < phased.phases(); ++phase) {
+      for (int64_t x = 0; x < phased.width(); x += lanes) {
+        Vector<value_t, lanes> sum = {};
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t s = 0; s < g.kernel_w; ++s) {
+            if (work.phase[s] != phase) continue;
+            const int64_t at = work.windows[2 * i] + x - work.shift[s];
+            const auto grad = load<value_t, lanes>(work.grads + at);
+            const auto chosen = load<id_t, lanes>(work.cells + at);
+            const auto mine = chosen == static_cast<id_t>(work.windows[2 * i + 1] + s);
+            sum += mine ? grad : Vector<value_t, lanes>{};
+          }
         }
+        store_part<lanes>(sum, work.row + phase * phased.stored_width() + x, lanes);
       }
-    };
-    for_each_window(ih, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH, add);
-    phased.join(work.rows, scalar_t(0), grad_input + ih * g.W);
+    }
+    phased.join(work.row, scalar_t(0), grad_input + ih * g.W);
   }
 }
 
@@ -185,18 +278,18 @@ void max_pool2d_rows_last(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, con
     const int64_t oh = p / g.OW, ow = p % g.OW;
     const Range r = rows_inside(g, oh), s = columns_inside(g, ow);
     const id_t first = static_cast<id_t>(r.begin * g.kernel_w + s.begin);
-    for (int64_t c = 0; c < g.C; c += lanes) {
-      Windows<scalar_t, cell_t> windows(fill<id_t, lanes>(first));
+    for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
+      Windows<scalar_t, cell_t, blocks> windows;
+      for (auto& cell : windows.cell) cell = fill<id_t, lanes>(first);
       for (int64_t i = r.begin; i < r.end; ++i) {
         for (int64_t j = s.begin; j < s.end; ++j) {
           const int64_t at = (g.input_row(oh, i) * g.W + g.input_col(ow, j)) * g.C + c;
-          windows.visit(load_part<value_t, lanes>(input + at, g.C - c),
-                        static_cast<id_t>(i * g.kernel_w + j));
+          windows.visit(input + at, g.C - c, static_cast<id_t>(i * g.kernel_w + j));
         }
       }
       windows.store(output + p * g.C + c, cells == nullptr ? nullptr : cells + p * g.C + c,
                     g.C - c);
-    }
+    });
   }
 }
 
@@ -220,17 +313,21 @@ void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t 
                                         ++count;
                                       });
                     });
-    for (int64_t c = 0; c < g.C; c += lanes) {
-      Vector<value_t, lanes> sum = {};
+    for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
+      Vector<value_t, lanes> sum[blocks] = {};
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t at = windows[2 * i] + c;
-        const auto grad = load_part<value_t, lanes>(grad_output + at, g.C - c);
-        const auto chosen = load_part<id_t, lanes>(cells + at, g.C - c);
-        const auto mine = chosen == static_cast<id_t>(windows[2 * i + 1]);
-        sum += mine ? grad : Vector<value_t, lanes>{};
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t at = windows[2 * i] + c + b * lanes, left = blocks > 1 ? lanes : g.C - c;
+          const auto grad = load_part<value_t, lanes>(grad_output + at, left);
+          const auto chosen = load_part<id_t, lanes>(cells + at, left);
+          const auto mine = chosen == static_cast<id_t>(windows[2 * i + 1]);
+          sum[b] += mine ? grad : Vector<value_t, lanes>{};
+        }
       }
-      store_part<lanes>(sum, grad_input + p * g.C + c, g.C - c);
-    }
+      for (int64_t b = 0; b < blocks; ++b)
+        store_part<lanes>(sum[b], grad_input + p * g.C + c + b * lanes,
+                          blocks > 1 ? lanes : g.C - c);
+    });
   }
 }
 

@@ -26,8 +26,11 @@ class PhasedRows {
         width_(g.OW + (g.kernel_w - 1) * g.dilation_w / g.stride_w + 1 + kRowSlack),
         phases_(std::min(g.stride_w, (g.kernel_w - 1) * g.dilation_w + 1)) {}
 
-  // Elements of one phased row.
+  // Elements of one phased row: `phases` parts of `stored_width`, of which windows reach `width`.
   int64_t size() const { return width_ * phases_; }
+  int64_t phases() const { return phases_; }
+  int64_t stored_width() const { return width_; }
+  int64_t width() const { return width_ - kRowSlack; }
   // Where the row's elements for kernel column s begin: element ow is output column ow's.
   int64_t offset(int64_t s) const {
     const int64_t x = s * g_.dilation_w;
