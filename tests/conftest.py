@@ -26,6 +26,8 @@ KINDS = {
     "invalid": "bad input is refused as native refuses it",
     "opcheck": "torch.library.opcheck on the raw operators",
     "module": "dlops.nn, convert and revert",
+    "compose": "higher derivatives, transforms, compilers, modes, whole networks",
+    "example": "the example trainer and the benchmarks",
     "packaging": "install, import and build",
 }
 

@@ -22,6 +22,8 @@ from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noq
 from benchmarks.roofline import Limits  # noqa: E402
 from benchmarks.timing import Budget, interleave  # noqa: E402
 
+pytestmark = pytest.mark.example
+
 CPU = torch.device("cpu")
 BUDGET = Budget(seconds=0.0, min_rounds=3)
 

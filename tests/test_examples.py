@@ -26,6 +26,8 @@ from dlops_examples.settings import Settings  # noqa: E402
 
 import dlops  # noqa: E402
 
+pytestmark = pytest.mark.example
+
 QUICK = ("--limit", "320", "--epochs", "2", "--threads", "1")
 
 
