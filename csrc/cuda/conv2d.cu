@@ -27,9 +27,13 @@
 namespace dlops::cuda {
 namespace {
 
-// The column matrix of some images, or of some pixels of one image.
-constexpr int64_t kWorkspaceBytes = 64 << 20;
+// Smaller in tests, so that small cases are cut too.
+#if !defined(DLOPS_WORKSPACE_BYTES)
+#define DLOPS_WORKSPACE_BYTES (64 << 20)
+#endif
+constexpr int64_t kWorkspaceBytes = DLOPS_WORKSPACE_BYTES;
 
+// Some images, or some pixels of one image, whose column matrix is made at a time.
 struct Chunk {
   int64_t images;  // how many
   int64_t pixel;   // the first output pixel of each image
