@@ -17,8 +17,9 @@ DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")
 
 
-# The parts of the pip toolkit that a build needs.
-PIP_PARTS = "nvcc,cccl,cudart,cublas,cusolver,cusparse,nvrtc"
+# The parts of the pip toolkit that a build needs. crt and nvvm are parts of nvcc; unless they are
+# named, pip takes their newest release, whose output an older ptxas refuses.
+PIP_PARTS = "nvcc,crt,nvvm,cccl,cudart,cublas,cusolver,cusparse,nvrtc"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def probe(nvcc: Path) -> str:
     if result.returncode == 0:
         return ""
     lines = (result.stderr or result.stdout).splitlines()
-    return next((line for line in lines if "error" in line.lower()), "no message")
+    return next((line for line in lines if re.search("error|fatal", line)), "no message")
 
 
 def find_cudart(home: Path) -> Path | None:

@@ -24,20 +24,22 @@ PY
 }
 
 cuda=$("$python" -c 'import torch; print(torch.version.cuda)')
-install() { "$python" -m pip --disable-pip-version-check install "cuda-toolkit[$1]==$cuda.*"; }
+install() { "$python" -m pip --disable-pip-version-check install "$1"; }
 
 if [ -z "$(toolkit)" ]; then
-  install "$("$python" -c 'from build_support import toolkit; print(toolkit.PIP_PARTS)')"
+  parts=$("$python" -c 'from build_support import toolkit; print(toolkit.PIP_PARTS)')
+  install "cuda-toolkit[$parts]==$cuda.*"
 fi
 CUDA_HOME=$(toolkit)
 cuobjdump=$CUDA_HOME/bin/cuobjdump
 if [ ! -x "$cuobjdump" ]; then
-  install cuobjdump
+  install nvidia-cuda-cuobjdump
   site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   cuobjdump=$site/nvidia/cu${cuda%%.*}/bin/cuobjdump
 fi
 export CUDA_HOME DLOPS_CUDA=1 DLOPS_WERROR=1 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"
 
+rm -rf build/cuda/lib.*
 "$python" setup.py -q build --build-base build/cuda
 
 cd build/cuda/lib.*

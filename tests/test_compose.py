@@ -127,6 +127,41 @@ def test_second_derivatives(ours: Function, theirs: Function, tensors: Any) -> N
     )
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_complex_convolution(layout: torch.memory_format) -> None:
+    def complex_leaf(*size: int, seed: int) -> Tensor:
+        value = torch.complex(double(*size, seed=seed), double(*size, seed=seed + 10))
+        if len(size) == 4:
+            value = value.contiguous(memory_format=layout)
+        return value.requires_grad_()
+
+    tensors = (
+        complex_leaf(2, 4, 4, 3, seed=0),
+        complex_leaf(2, 2, 2, 2, seed=1),
+        complex_leaf(2, seed=2),
+    )
+
+    def ours(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(x, w, b, 1, 1, groups=2)
+
+    expected = native.conv2d(*tensors, 1, 1, groups=2)
+    close(ours(*tensors), expected)
+    covector = torch.complex(double(*expected.shape, seed=3), double(*expected.shape, seed=4))
+    close(
+        torch.autograd.grad(ours(*tensors), tensors, covector),
+        torch.autograd.grad(expected, tensors, covector),
+    )
+    assert gradcheck(ours, tensors, check_forward_ad=True)
+    assert gradgradcheck(ours, tensors, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_integer_convolution(dtype: torch.dtype) -> None:
+    x = torch.randint(0, 3, (2, 3, 5, 6), dtype=dtype)
+    w = torch.randint(0, 3, (4, 3, 2, 3), dtype=dtype)
+    assert torch.equal(F.conv2d(x, w, padding=1), native.conv2d(x, w, padding=1))
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.7])
 @pytest.mark.parametrize("alpha", [-1.0, 0.25, CLASS_ALPHA], ids=["off", "scalar", "per_class"])
 def test_sigmoid_second_derivatives(gamma: float, alpha: Any) -> None:

@@ -70,7 +70,11 @@ struct Call {
   at::Tensor empty_grad(bool asked) const {
     return asked ? at::empty_like(input) : at::empty({0}, input.options());
   }
-  at::Tensor empty_loss() const { return at::empty(shape.loss, input.options()); }
+  // Without classes there is nothing to sum.
+  at::Tensor empty_loss() const {
+    const at::Tensor loss = at::empty(shape.loss, input.options());
+    return shape.classes == 0 ? loss.zero_() : loss;
+  }
   // What 'mean' divides by.
   double normalizer() const {
     if (shape.has_probabilities) return static_cast<double>(shape.rows());

@@ -55,9 +55,11 @@ class Conv2d(Function):
         need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         if need_input:
-            grad_input = conv2d_grad_input(grad_output, weight, ctx.input_size, *ctx.geometry)
+            grad_input = conv2d_grad_input(grad_output, conj(weight), ctx.input_size, *ctx.geometry)
         if need_weight:
-            grad_weight = conv2d_grad_weight(grad_output, input, ctx.kernel_size, *ctx.geometry)
+            grad_weight = conv2d_grad_weight(
+                grad_output, conj(input), ctx.kernel_size, *ctx.geometry
+            )
         if need_bias:
             grad_bias = conv2d_grad_bias(grad_output)
         return grad_input, grad_weight, grad_bias, None, None, None, None
@@ -120,9 +122,9 @@ class Conv2dGradInput(Function):
         need_grad, need_weight = ctx.needs_input_grad[:2]
         by_grad = by_weight = None
         if need_grad:
-            by_grad = conv2d(grad, weight, None, *ctx.geometry)
+            by_grad = conv2d(grad, conj(weight), None, *ctx.geometry)
         if need_weight:
-            by_weight = conv2d_grad_weight(grad_output, grad, ctx.kernel_size, *ctx.geometry)
+            by_weight = conv2d_grad_weight(conj(grad_output), grad, ctx.kernel_size, *ctx.geometry)
         return by_grad, by_weight, None, None, None, None, None
 
     @staticmethod
@@ -180,9 +182,9 @@ class Conv2dGradWeight(Function):
         need_grad, need_input = ctx.needs_input_grad[:2]
         by_grad = by_input = None
         if need_grad:
-            by_grad = conv2d(input, grad, None, *ctx.geometry)
+            by_grad = conv2d(conj(input), grad, None, *ctx.geometry)
         if need_input:
-            by_input = conv2d_grad_input(grad_output, grad, ctx.input_size, *ctx.geometry)
+            by_input = conv2d_grad_input(conj(grad_output), grad, ctx.input_size, *ctx.geometry)
         return by_grad, by_input, None, None, None, None, None
 
     @staticmethod
@@ -258,6 +260,11 @@ def conv2d_grad_weight(
 
 def conv2d_grad_bias(grad_output: Tensor) -> Tensor:
     return call(Conv2dGradBias, ops.conv2d_grad_bias.default, grad_output)
+
+
+def conj(tensor: Tensor) -> Tensor:
+    """The conjugate that a complex gradient takes; the tensor itself where it is real."""
+    return tensor.conj() if tensor.is_complex() else tensor
 
 
 # ------------------------------------------------------------------------- folding batch dimensions
