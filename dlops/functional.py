@@ -18,7 +18,18 @@ from dlops.ops import focal_loss as _focal_loss
 from dlops.ops import max_pool2d as _max_pool2d
 from dlops.ops import sigmoid_focal_loss as _sigmoid_focal_loss
 from dlops.ops import unfold as _unfold
-from dlops.ops.common import autocast, check_int, check_tensor, pair, reduction_number
+from dlops.ops.common import (
+    MEAN,
+    NONE,
+    autocast,
+    check_int,
+    check_tensor,
+    differentiable,
+    has_tangent,
+    pair,
+    reduction_number,
+)
+from dlops.ops.shapes import FLOATING
 
 Size = int | Sequence[int]
 
@@ -56,7 +67,8 @@ def conv2d(
         groups: the channels are split into this many independent convolutions.
 
     Returns:
-        (N, O, OH, OW), or (O, OH, OW) for an unbatched input.
+        (N, O, OH, OW), or (O, OH, OW) for an unbatched input. Images without channels give an
+        output without channels, as native does.
 
     Raises:
         RuntimeError: shapes that do not fit together, a stride or dilation below 1, a negative
@@ -85,7 +97,8 @@ def conv2d(
         )
     sides = _conv_padding(padding, weight, stride, dilation)
     images, weight, bias = autocast("lower_precision", images, weight, bias)
-    output = _conv2d.conv2d(images, weight, bias, stride, sides, dilation, groups)
+    convolve = _conv2d.conv2d if images.shape[1] else _conv2d.conv2d_without_channels
+    output = convolve(images, weight, bias, stride, sides, dilation, groups)
     return output.squeeze(0) if unbatched else output
 
 
@@ -258,8 +271,8 @@ def sigmoid_focal_loss(
 
     Raises:
         ValueError: an unknown reduction, targets of another shape than inputs, an alpha above 1.
-        RuntimeError: an alpha that does not fit the last dimension or requires a gradient, tensors
-            on different devices.
+        RuntimeError: an alpha that does not fit the last dimension, tensors on different devices.
+        NotImplementedError: inputs or targets that are not floating point.
 
     Example::
 
@@ -275,13 +288,22 @@ def sigmoid_focal_loss(
     check_tensor(inputs, "inputs", "sigmoid_focal_loss")
     check_tensor(targets, "targets", "sigmoid_focal_loss")
     (inputs,) = autocast("float32", inputs)
+    if targets.dtype not in FLOATING:
+        raise NotImplementedError(
+            "sigmoid_focal_loss: targets must be floating point, as in torchvision, got "
+            f"{targets.dtype}; give targets.to(inputs.dtype)"
+        )
     dtype = torch.promote_types(inputs.dtype, targets.dtype)
-    if not targets.is_floating_point() or targets.dtype != inputs.dtype:
-        inputs, targets = inputs.to(dtype), targets.to(dtype)
+    inputs, targets = inputs.to(dtype), targets.to(dtype)
     class_alpha, scalar_alpha = _class_alpha(alpha, inputs)
-    return _sigmoid_focal_loss.sigmoid_focal_loss(
-        inputs, targets, class_alpha, scalar_alpha, gamma, number
-    )
+    if class_alpha is None or (class_alpha.dim() == 1 and not differentiable(class_alpha)):
+        return _sigmoid_focal_loss.sigmoid_focal_loss(
+            inputs, targets, class_alpha, scalar_alpha, gamma, number
+        )
+    losses = _sigmoid_focal_loss.sigmoid_focal_loss(inputs, targets, None, -1.0, gamma, NONE)
+    weights = class_alpha * targets + (1 - class_alpha) * (1 - targets)
+    losses = losses * weights.where(class_alpha >= 0, 1)
+    return losses if number == NONE else losses.mean() if number == MEAN else losses.sum()
 
 
 def focal_loss(
@@ -318,7 +340,8 @@ def focal_loss(
         ValueError: an unknown reduction, a target whose shape does not fit input.
         IndexError: a class index out of range.
         RuntimeError: a weight that does not hold C values, label_smoothing outside [0, 1], tensors
-            of mixed dtypes or devices, a weight that requires a gradient.
+            of mixed dtypes or devices, a weight that requires a gradient where the target holds
+            class indices.
 
     Example::
 
@@ -342,25 +365,15 @@ def focal_loss(
     check_tensor(input, "input", "focal_loss")
     check_tensor(target, "target", "focal_loss")
     check_int(ignore_index, "ignore_index", "focal_loss")
-    if weight is not None and weight.requires_grad:
-        raise RuntimeError(
-            "focal_loss: weight requires a gradient, which is not implemented; detach it"
-        )
     if target.dtype == torch.uint8:
         target = target.long()
     if input.dim() == 1 and target.dim() == 1 and target.numel() == 1 != input.numel():
         target = target.squeeze(0)  # native takes a single row's class either way
     input, target, weight = autocast("float32", input, target, weight)
-    return _focal_loss.focal_loss(
-        # Native, too, reads a negative smoothing as none.
-        input,
-        target,
-        weight,
-        gamma,
-        ignore_index,
-        number,
-        max(label_smoothing, 0.0),
-    )[0]
+    smoothing = max(label_smoothing, 0.0)  # native, too, reads a negative one as none
+    if weight is not None and differentiable(weight):
+        weight, target, smoothing = _weight_in_target(input, target, weight, smoothing)
+    return _focal_loss.focal_loss(input, target, weight, gamma, ignore_index, number, smoothing)[0]
 
 
 def class_balanced_weight(
@@ -452,6 +465,21 @@ def _window(
     )
 
 
+def _weight_in_target(
+    input: Tensor, target: Tensor, weight: Tensor, label_smoothing: float
+) -> tuple[Tensor | None, Tensor, float]:
+    """Weight, target and smoothing, so that a derivative flows to weight where there is one."""
+    if not target.is_floating_point():
+        if weight.requires_grad or has_tangent(weight):
+            raise RuntimeError(_focal_loss.NO_WEIGHT_GRADIENT)
+        return weight, target, label_smoothing
+    dim = 1 if input.dim() > 1 else 0
+    if weight.dim() != 1 or target.shape != input.shape or weight.shape[0] != input.shape[dim]:
+        return weight, target, label_smoothing  # the kernel says what is wrong
+    weights = weight.view(-1, *[1] * (input.dim() - dim - 1))
+    return None, _focal_loss.weighted_target(target, weights, label_smoothing, dim), 0.0
+
+
 def _class_alpha(alpha: float | Tensor, inputs: Tensor) -> tuple[Tensor | None, float]:
     """alpha as one for each class, or as a number for all."""
     if not isinstance(alpha, Tensor):
@@ -460,10 +488,6 @@ def _class_alpha(alpha: float | Tensor, inputs: Tensor) -> tuple[Tensor | None, 
                 f"sigmoid_focal_loss: alpha must be in [0, 1], or negative for none, got {alpha}"
             )
         return None, alpha
-    if alpha.requires_grad:
-        raise RuntimeError(
-            "sigmoid_focal_loss: alpha requires a gradient, which is not implemented; detach it"
-        )
     classes = inputs.shape[-1] if inputs.dim() else 1
     if alpha.dim() > 1 or alpha.numel() not in (1, classes):
         raise RuntimeError(
@@ -472,5 +496,5 @@ def _class_alpha(alpha: float | Tensor, inputs: Tensor) -> tuple[Tensor | None, 
         )
     per_class = alpha.to(inputs.device) if alpha.dim() == 0 else alpha
     if inputs.dim() == 0:
-        return None, float(per_class)
+        return per_class.reshape(()).to(inputs.dtype), 0.0
     return per_class.expand(classes).to(inputs.dtype), 0.0

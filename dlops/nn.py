@@ -16,6 +16,7 @@ __all__ = [
     "Conv2d",
     "FocalLoss",
     "Fold",
+    "LazyConv2d",
     "MaxPool2d",
     "SigmoidFocalLoss",
     "Unfold",
@@ -43,6 +44,20 @@ class Conv2d(nn.Conv2d):
             )
             padding = 0
         return F.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class LazyConv2d(nn.LazyConv2d):
+    """:class:`torch.nn.LazyConv2d`: a :class:`Conv2d` that takes in_channels from its first input.
+
+    Example::
+
+        >>> import torch, dlops.nn as nn
+        >>> conv = nn.LazyConv2d(16, 3)
+        >>> conv(torch.ones(1, 5, 8, 8)).shape, type(conv).__name__, conv.in_channels
+        (torch.Size([1, 16, 6, 6]), 'Conv2d', 5)
+    """
+
+    cls_to_become = Conv2d
 
 
 class MaxPool2d(nn.MaxPool2d):

@@ -228,7 +228,9 @@ SIGMOID = [
     refused_sigmoid("targets_broadcast", "targets", "1, 4, 5", LOGITS, PROBABILITIES[:1]),
     refused_sigmoid("targets_meta", "targets", "meta", LOGITS, PROBABILITIES.to("meta")),
     refused_sigmoid("alpha", "alpha", "2.0", LOGITS, PROBABILITIES, alpha=2.0),
-    refused_sigmoid("integer", "sigmoid_focal_loss", "Long", LOGITS.long(), PROBABILITIES.long()),
+    refused_sigmoid("integer", "sigmoid_focal_loss", "int64", LOGITS.long(), PROBABILITIES.long()),
+    refused_sigmoid("integer_targets", "targets", "int64", LOGITS, PROBABILITIES.long()),
+    refused_sigmoid("bool_targets", "targets", "bool", LOGITS, PROBABILITIES > 0.5),
     refused_sigmoid(
         "complex", "sigmoid_focal_loss", "Complex", LOGITS.to(torch.complex64), PROBABILITIES
     ),

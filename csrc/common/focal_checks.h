@@ -63,9 +63,13 @@ inline FocalShape check_focal_loss(const at::Tensor& input, const at::Tensor& ta
                                    int64_t reduction, double label_smoothing, const char* op) {
   check_reduction(reduction, op);
   check_floating(input, "input", op);
-  TORCH_CHECK_VALUE(input.dim() >= 1, op,
-                    ": input must have at least one dimension, (C), (N, C) or ",
-                    "(N, C, d1, ...), got shape ", input.sizes());
+  const char* no_classes =
+      ": input must have at least one dimension, (C), (N, C) or (N, C, d1, ...), got shape []";
+  if (at::isFloatingType(target.scalar_type())) {
+    TORCH_CHECK_INDEX(input.dim() >= 1, op, no_classes);
+  } else {
+    TORCH_CHECK(input.dim() >= 1, op, no_classes);
+  }
   TORCH_CHECK(label_smoothing >= 0 && label_smoothing <= 1, op,
               ": label_smoothing must be between 0.0 and 1.0, got ", label_smoothing);
   TORCH_CHECK(target.device() == input.device(), op, ": input is on ", input.device(),

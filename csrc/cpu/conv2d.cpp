@@ -12,7 +12,7 @@
 
 #include <vector>
 
-#include "common/checks.h"
+#include "common/conv2d_checks.h"
 #include "cpu/conv2d_panels.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
@@ -27,10 +27,16 @@ int64_t grain(int64_t work_per_task) {
   return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
 }
 
-at::MemoryFormat memory_format(const at::Tensor& a, const at::Tensor& b) {
-  const bool last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                    b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+// What native convolves on the CPU.
+void check_dtype(const at::Tensor& tensor, const char* op) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  const bool floating =
+      dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
+  const bool complex =
+      dtype == at::kComplexDouble || dtype == at::kComplexFloat || dtype == at::kComplexHalf;
+  const bool integer =
+      at::isIntegralType(dtype, /*includeBool=*/false) && !at::isBarebonesUnsignedType(dtype);
+  TORCH_CHECK_NOT_IMPLEMENTED(floating || complex || integer, op, ": not implemented for ", dtype);
 }
 
 // The type that products of `dtype` are summed in.
@@ -146,15 +152,17 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_like(weight, "weight", input, "input", "conv2d");
   const Conv2dGeometry g =
-      conv2d_geometry(input.sizes(), weight.sizes(), {stride, padding, dilation, groups}, "conv2d");
-  at::Tensor sum_bias;
-  if (bias.has_value() && bias->defined()) {
-    check_like(*bias, "bias", input, "input", "conv2d");
-    check_sizes(*bias, "bias", {g.O}, "conv2d");
-    sum_bias = bias->to(sum_type(bias->scalar_type())).contiguous();
+      check_conv2d(input, weight, bias, {stride, padding, dilation, groups}, "conv2d");
+  check_dtype(input, "conv2d");
+  if (is_complex_half(input)) {
+    return conv2d(complex_float(input), complex_float(weight), complex_float(bias), stride, padding,
+                  dilation, groups)
+        .to(at::kComplexHalf);
   }
+  at::Tensor sum_bias;
+  if (bias.has_value() && bias->defined())
+    sum_bias = bias->to(sum_type(bias->scalar_type())).contiguous();
   const at::MemoryFormat format = memory_format(input, weight);
   at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW}, input.options().memory_format(format));
   if (output.numel() == 0) return output;
@@ -236,10 +244,14 @@ void grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output, const at
 at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
                              at::IntArrayRef input_size, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_like(weight, "weight", grad_output, "grad_output", "conv2d_grad_input");
-  const Conv2dGeometry g = conv2d_geometry(
-      input_size, weight.sizes(), {stride, padding, dilation, groups}, "conv2d_grad_input");
-  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_input");
+  const Conv2dGeometry g = check_conv2d_grad_input(
+      grad_output, weight, input_size, {stride, padding, dilation, groups}, "conv2d_grad_input");
+  check_dtype(grad_output, "conv2d_grad_input");
+  if (is_complex_half(grad_output)) {
+    return conv2d_grad_input(complex_float(grad_output), complex_float(weight), input_size, stride,
+                             padding, dilation, groups)
+        .to(at::kComplexHalf);
+  }
   const at::MemoryFormat format = memory_format(grad_output, weight);
   const at::MemoryFormat computed = compute_format(g, format);
   at::Tensor result = at::empty(input_size, grad_output.options().memory_format(computed));
@@ -325,18 +337,17 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input,
                               at::IntArrayRef kernel_size, at::IntArrayRef stride,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_like(input, "input", grad_output, "grad_output", "conv2d_grad_weight");
-  check_dim(input, "input", 4, "conv2d_grad_weight");
-  check_dim(grad_output, "grad_output", 4, "conv2d_grad_weight");
-  const auto kernel = check_list<2>(kernel_size, "kernel_size", 1, "conv2d_grad_weight");
-  TORCH_CHECK(groups > 0, "conv2d_grad_weight: groups must be greater than zero, got ", groups);
-  const std::vector<int64_t> weight_size{grad_output.size(1), input.size(1) / groups, kernel[0],
-                                         kernel[1]};
-  const Conv2dGeometry g = conv2d_geometry(
-      input.sizes(), weight_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
-  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_weight");
+  const Conv2dGeometry g = check_conv2d_grad_weight(
+      grad_output, input, kernel_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
+  check_dtype(grad_output, "conv2d_grad_weight");
+  if (is_complex_half(grad_output)) {
+    return conv2d_grad_weight(complex_float(grad_output), complex_float(input), kernel_size, stride,
+                              padding, dilation, groups)
+        .to(at::kComplexHalf);
+  }
   const at::MemoryFormat format = memory_format(input, grad_output);
-  at::Tensor result = at::empty(weight_size, grad_output.options().memory_format(format));
+  at::Tensor result = at::empty({g.O, g.channels_per_group(), g.R, g.S},
+                                grad_output.options().memory_format(format));
   if (result.numel() == 0) return result;
   if (g.N == 0) return result.zero_();
   const at::MemoryFormat computed = compute_format(g, format);
@@ -393,6 +404,9 @@ void grad_bias_last(const at::Tensor& grad_output, const at::Tensor& result) {
 
 at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {
   check_dim(grad_output, "grad_output", 4, "conv2d_grad_bias");
+  check_dtype(grad_output, "conv2d_grad_bias");
+  if (is_complex_half(grad_output))
+    return conv2d_grad_bias(complex_float(grad_output)).to(at::kComplexHalf);
   at::Tensor result = at::empty({grad_output.size(1)}, grad_output.options());
   if (grad_output.numel() == 0) return result.zero_();
   const at::MemoryFormat format = grad_output.suggest_memory_format();

@@ -73,7 +73,8 @@ at::Tensor fold(const at::Tensor& input, at::IntArrayRef output_size, at::IntArr
         });
         if (!same_type) result.copy_(sums);
       }),
-      AT_EXPAND(AT_FLOATING_TYPES), AT_EXPAND(AT_COMPLEX_TYPES), at::kHalf, at::kBFloat16);
+      AT_EXPAND(AT_FLOATING_TYPES), AT_EXPAND(AT_COMPLEX_TYPES), at::kHalf, at::kBFloat16,
+      at::kBool);
   return result;
 }
 

@@ -19,7 +19,7 @@
 
 #include <vector>
 
-#include "common/checks.h"
+#include "common/conv2d_checks.h"
 #include "common/cuda_utils.cuh"
 #include "conv2d_math.h"
 #include "cuda/windows.cuh"
@@ -195,12 +195,6 @@ at::Tensor column_workspace(const Conv2dGeometry& g, const Chunks& chunks,
 // The type that products are summed in.
 at::ScalarType sum_type(const at::Tensor& tensor) { return at::toOpMathType(tensor.scalar_type()); }
 
-at::MemoryFormat memory_format(const at::Tensor& a, const at::Tensor& b) {
-  const bool last = a.suggest_memory_format() == at::MemoryFormat::ChannelsLast ||
-                    b.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  return last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-}
-
 // The types that the library's matrix product takes.
 void check_dtype(const at::Tensor& tensor, const char* name, const char* op) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -213,15 +207,15 @@ void check_dtype(const at::Tensor& tensor, const char* name, const char* op) {
 at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
                   at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_like(weight, "weight", input, "input", "conv2d");
   const Conv2dGeometry g =
-      conv2d_geometry(input.sizes(), weight.sizes(), {stride, padding, dilation, groups}, "conv2d");
+      check_conv2d(input, weight, bias, {stride, padding, dilation, groups}, "conv2d");
   const bool has_bias = bias.has_value() && bias->defined();
-  if (has_bias) {
-    check_like(*bias, "bias", input, "input", "conv2d");
-    check_sizes(*bias, "bias", {g.O}, "conv2d");
-  }
   check_dtype(input, "input", "conv2d");
+  if (is_complex_half(input)) {
+    return conv2d(complex_float(input), complex_float(weight), complex_float(bias), stride, padding,
+                  dilation, groups)
+        .to(at::kComplexHalf);
+  }
   const c10::DeviceGuard guard(input.device());
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW},
@@ -261,11 +255,14 @@ void add_columns(const at::Tensor& columns, const Conv2dGeometry& g, const Chunk
 at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
                              at::IntArrayRef input_size, at::IntArrayRef stride,
                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_like(weight, "weight", grad_output, "grad_output", "conv2d_grad_input");
-  const Conv2dGeometry g = conv2d_geometry(
-      input_size, weight.sizes(), {stride, padding, dilation, groups}, "conv2d_grad_input");
-  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_input");
+  const Conv2dGeometry g = check_conv2d_grad_input(
+      grad_output, weight, input_size, {stride, padding, dilation, groups}, "conv2d_grad_input");
   check_dtype(grad_output, "grad_output", "conv2d_grad_input");
+  if (is_complex_half(grad_output)) {
+    return conv2d_grad_input(complex_float(grad_output), complex_float(weight), input_size, stride,
+                             padding, dilation, groups)
+        .to(at::kComplexHalf);
+  }
   const c10::DeviceGuard guard(grad_output.device());
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const at::MemoryFormat format = memory_format(grad_output, weight);
@@ -301,21 +298,19 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input,
                               at::IntArrayRef kernel_size, at::IntArrayRef stride,
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  check_like(input, "input", grad_output, "grad_output", "conv2d_grad_weight");
-  check_dim(input, "input", 4, "conv2d_grad_weight");
-  check_dim(grad_output, "grad_output", 4, "conv2d_grad_weight");
-  const auto kernel = check_list<2>(kernel_size, "kernel_size", 1, "conv2d_grad_weight");
-  TORCH_CHECK(groups > 0, "conv2d_grad_weight: groups must be greater than zero, got ", groups);
-  const std::vector<int64_t> weight_size{grad_output.size(1), input.size(1) / groups, kernel[0],
-                                         kernel[1]};
-  const Conv2dGeometry g = conv2d_geometry(
-      input.sizes(), weight_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
-  check_sizes(grad_output, "grad_output", {g.N, g.O, g.OH, g.OW}, "conv2d_grad_weight");
+  const Conv2dGeometry g = check_conv2d_grad_weight(
+      grad_output, input, kernel_size, {stride, padding, dilation, groups}, "conv2d_grad_weight");
   check_dtype(grad_output, "grad_output", "conv2d_grad_weight");
+  if (is_complex_half(grad_output)) {
+    return conv2d_grad_weight(complex_float(grad_output), complex_float(input), kernel_size, stride,
+                              padding, dilation, groups)
+        .to(at::kComplexHalf);
+  }
   const c10::DeviceGuard guard(grad_output.device());
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  at::Tensor grad_weight = at::empty(
-      weight_size, grad_output.options().memory_format(memory_format(input, grad_output)));
+  at::Tensor grad_weight =
+      at::empty({g.O, g.channels_per_group(), g.R, g.S},
+                grad_output.options().memory_format(memory_format(input, grad_output)));
   if (grad_weight.numel() == 0) return grad_weight;
   if (g.N == 0) return grad_weight.zero_();
   const Chunks chunks(g, input.element_size());

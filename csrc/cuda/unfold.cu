@@ -88,7 +88,7 @@ at::Tensor fold(const at::Tensor& input, at::IntArrayRef output_size, at::IntArr
                                                            result.mutable_data_ptr<scalar_t>()});
                  }),
                  AT_EXPAND(AT_FLOATING_TYPES), AT_EXPAND(AT_COMPLEX_TYPES), at::kHalf,
-                 at::kBFloat16);
+                 at::kBFloat16, at::kBool);
   return result;
 }
 

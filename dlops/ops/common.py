@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
 
 # at::Reduction's numbers.
 NONE, MEAN, SUM = 0, 1, 2
@@ -61,35 +62,38 @@ def autocast(policy: str, *tensors: Any) -> tuple[Any, ...]:
     )
 
 
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace records what is called."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
     """Runs an op: eagerly through its autograd.Function, traced through the registered op.
 
-    ``torch.compile`` cannot trace a Function that defines ``jvp``; the op's backward is registered
-    from the same code, so both have the same derivatives.
+    ``torch.compile`` cannot trace a Function that defines ``jvp``, and ``torch.jit.save`` cannot
+    write one; the op's backward is registered from the same code, so both have the same derivatives.
     """
-    if torch.compiler.is_compiling():
+    if traced():
         return op(*args)
     return function.apply(*args)
 
 
-def check_devices(op: str, **tensors: Tensor | None) -> None:
-    """For the fake kernels; the real ones check it themselves."""
-    (lead_name, lead), *others = [(name, t) for name, t in tensors.items() if t is not None]
-    for name, tensor in others:
-        if tensor.device != lead.device:
-            raise RuntimeError(
-                f"{op}: expected all tensors to be on the same device, "
-                f"but {lead_name} is on {lead.device} and {name} is on {tensor.device}"
-            )
-
-
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether something may ask for a derivative with respect to one of ``tensors``."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
     return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward mode differentiates with respect to ``tensor``."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def register(function: Any, name: str) -> None:
@@ -121,6 +125,16 @@ def memory_format(*tensors: Tensor) -> torch.memory_format:
         if tensor.dim() == 4
     )
     return torch.channels_last if last else torch.contiguous_format
+
+
+def empty_images(like: Tensor, shape: Any, *leads: Tensor, dtype: Any = None) -> Tensor:
+    """What a kernel allocates for images: of ``like``'s type, laid out as ``leads`` say."""
+    return torch.empty(
+        tuple(shape),
+        dtype=dtype or like.dtype,
+        device=like.device,
+        memory_format=memory_format(*leads),
+    )
 
 
 # --------------------------------------------------------------------------- for the losses' rules

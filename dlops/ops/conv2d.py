@@ -10,25 +10,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, check_devices, memory_format, register
+from dlops.ops.common import call, empty_images, register
+from dlops.ops.shapes import (
+    COMPLEX,
+    FLOATING,
+    INTEGERS,
+    check,
+    check_dtype,
+    check_like,
+    check_shape,
+    conv2d_size,
+)
 
 ops = torch.ops.dlops
 
 # (stride, padding as (top, left, bottom, right), dilation, groups)
 Geometry = tuple[list[int], list[int], list[int], int]
-
-
-def output_size(
-    input_size: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any
-) -> list[int]:
-    """Height and width of a convolution's output."""
-    top, left, bottom, right = padding
-    return [
-        (size + both - step * (kernel - 1) - 1) // jump + 1
-        for size, both, step, kernel, jump in zip(
-            input_size, (top + bottom, left + right), dilation, kernel_size, stride, strict=True
-        )
-    ]
 
 
 class Conv2d(Function):
@@ -244,6 +241,19 @@ def conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -
     return call(Conv2d, ops.conv2d.default, input, weight, bias, *geometry)
 
 
+def conv2d_without_channels(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+) -> Tensor:
+    """Native's convolution of images with 0 channels: an output with 0 channels, zero gradients."""
+    check_like("conv2d", input=input, weight=weight, bias=bias)
+    size = conv2d_size("conv2d", input.shape, weight.shape, *geometry, smallest=0)
+    terms = [input.sum(), weight.sum()]
+    if bias is not None:
+        check_shape("conv2d", bias, "bias", weight.shape[:1])
+        terms.append(bias.sum())
+    return input.new_zeros(input.shape[0], 0, *size) * sum(terms)
+
+
 def conv2d_grad_input(
     grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any
 ) -> Tensor:
@@ -298,58 +308,43 @@ def add(*terms: Any) -> Any:
 # ------------------------------------------------------------------------------------ fake kernels
 
 
+DTYPES = (*FLOATING, *COMPLEX, *INTEGERS)
+
+
 @torch.library.register_fake("dlops::conv2d")
 def _(
     input: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> Tensor:
-    check_devices("conv2d", input=input, weight=weight, bias=bias)
-    torch._check(input.dim() == 4 and weight.dim() == 4, lambda: "conv2d: expected 4-D tensors")
-    torch._check(
-        input.shape[1] == weight.shape[1] * groups,
-        lambda: (
-            f"conv2d: input has {input.shape[1]} channels, weight of shape "
-            f"{tuple(weight.shape)} with groups={groups} expects {weight.shape[1] * groups}"
-        ),
-    )
-    size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
-    return torch.empty(
-        (input.shape[0], weight.shape[0], *size),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=memory_format(input, weight),
-    )
+    check_like("conv2d", input=input, weight=weight, bias=bias)
+    check_dtype("conv2d", input, "input", DTYPES)
+    size = conv2d_size("conv2d", input.shape, weight.shape, stride, padding, dilation, groups)
+    if bias is not None:
+        check_shape("conv2d", bias, "bias", weight.shape[:1])
+    return empty_images(input, (input.shape[0], weight.shape[0], *size), input, weight)
 
 
 @torch.library.register_fake("dlops::conv2d_grad_input")
 def _(grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any) -> Tensor:
-    return torch.empty(
-        tuple(input_size),
-        dtype=grad_output.dtype,
-        device=grad_output.device,
-        memory_format=memory_format(grad_output, weight),
-    )
+    op = "conv2d_grad_input"
+    check_like(op, grad_output=grad_output, weight=weight)
+    size = conv2d_size(op, input_size, weight.shape, *geometry)
+    check_shape(op, grad_output, "grad_output", [input_size[0], weight.shape[0], *size])
+    return empty_images(grad_output, input_size, grad_output, weight)
 
 
 @torch.library.register_fake("dlops::conv2d_grad_weight")
-def _(
-    grad_output: Tensor,
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-) -> Tensor:
-    return torch.empty(
-        (grad_output.shape[1], input.shape[1] // groups, *kernel_size),
-        dtype=grad_output.dtype,
-        device=grad_output.device,
-        memory_format=memory_format(input, grad_output),
-    )
+def _(grad_output: Tensor, input: Tensor, kernel_size: Any, *geometry: Any) -> Tensor:
+    op = "conv2d_grad_weight"
+    check_like(op, grad_output=grad_output, input=input)
+    shape = (grad_output.shape[1], input.shape[1] // geometry[-1], *kernel_size)
+    size = conv2d_size(op, input.shape, shape, *geometry)
+    check_shape(op, grad_output, "grad_output", [input.shape[0], shape[0], *size])
+    return empty_images(grad_output, shape, input, grad_output)
 
 
 @torch.library.register_fake("dlops::conv2d_grad_bias")
 def _(grad_output: Tensor) -> Tensor:
+    check("conv2d_grad_bias", grad_output.dim() == 4, "grad_output must have 4 dimensions")
     return grad_output.new_empty(grad_output.shape[1])
 
 

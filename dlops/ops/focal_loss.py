@@ -14,17 +14,24 @@ from dlops.ops.common import (
     any_tensor,
     batched,
     call,
-    check_devices,
     no_third_derivative,
     reduce_rows,
     register,
     where_asked,
 )
+from dlops.ops.shapes import check_shape, focal_loss_shape
 
 ops = torch.ops.dlops
 
 # Options: weight (one for each class, or None), gamma, ignore_index, reduction, label_smoothing.
 OPTIONS = 5
+
+IGNORE_NOTHING = -100
+
+NO_WEIGHT_GRADIENT = (
+    "focal_loss: with class indices as target there is no derivative with respect to weight, as in "
+    "torch.nn.functional.cross_entropy; detach weight, or give class probabilities as target"
+)
 
 
 class FocalLoss(Function):
@@ -170,7 +177,7 @@ class FocalLossJvp(Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         normalizer, *tangents = batched(info, in_dims[:3], args[:3])
         batch = Batch(info, in_dims[3:], args[3:])
-        folded = [batch.fold(tangent) for tangent in tangents]
+        folded = batch.fold_tangents(*tangents)
         result = batch.unfold(jvp(batch.ones(), *folded, batch.input, batch.target, *batch.options))
         if batch.reduction == NONE:
             return result, 0
@@ -203,7 +210,7 @@ class FocalLossHvp(Function):
         front = batched(info, in_dims[:4], args[:4])
         *rest, mask = args[4:]
         batch = Batch(info, in_dims[4:-1], rest)
-        folded = [batch.fold(tangent) for tangent in front[2:]]
+        folded = batch.fold_tangents(*front[2:])
         grad = batch.spread(front[0], front[1])
         grads = hvp(grad, batch.ones(), *folded, batch.input, batch.target, *batch.options, mask)
         return batch.unfold_masked(grads, mask)
@@ -225,38 +232,71 @@ def hvp(*args: Any) -> tuple[Tensor, Tensor]:
     return call(FocalLossHvp, ops.focal_loss_hvp.default, *args)
 
 
+def weighted_target(target: Tensor, weight: Tensor, label_smoothing: float, dim: int) -> Tensor:
+    """Class probabilities with the smoothing and the weight multiplied in.
+
+    The loss is linear in them, so without weight and smoothing it is the same for this target.
+    ``weight`` broadcasts over ``target``, whose classes are in ``dim``.
+    """
+    return target.mul(1 - label_smoothing).add(label_smoothing / target.shape[dim]).mul(weight)
+
+
 class Batch:
     """The arguments of a batch of losses as those of one loss: samples join the first dimension.
 
     Inside, losses are not reduced: `spread` and the rules above apply each sample's own normalizer.
+    One loss has one weight, so where each sample has its own it goes into the target
+    (`weighted_target`); `slope` is then the factor of a change of the caller's target.
     """
 
     def __init__(self, info: Any, in_dims: tuple[Any, ...], args: Any) -> None:
-        if in_dims[2] is not None:
-            raise NotImplementedError(
-                "focal_loss: vmap over weight is not supported; "
-                "vmap over input and target, or multiply unreduced losses by the weights"
-            )
-        input, target = batched(info, in_dims[:2], args[:2])
-        self.weight, gamma, self.ignore_index, self.reduction, smoothing = args[2:7]
-        self.options = (self.weight, gamma, self.ignore_index, NONE, smoothing)
         self.size = info.batch_size
+        input, self.rows = batched(info, in_dims[:2], args[:2])
+        self.weight, gamma, self.ignore_index, self.reduction, smoothing = args[2:7]
         # (B, C) already is a batch of single rows.
         self.single = input.dim() == 2
-        self.rows = target
+        self.classes = 1 if self.single else 2
+        self.slope: Tensor | None = None
+        target = self.rows
+        self.options = (self.weight, gamma, self.ignore_index, NONE, smoothing)
+        if in_dims[2] is not None:
+            self.weight = self.weight.movedim(in_dims[2], 0)
+            target = self.weighted(input, smoothing)
+            self.options = (None, gamma, IGNORE_NOTHING, NONE, 0.0)
         self.input, self.target = self.fold(input), self.fold(target)
+
+    def weighted(self, input: Tensor, smoothing: float) -> Tensor:
+        """The target with each sample's own weight in it, as class probabilities."""
+        shape = [1] * input.dim()
+        shape[0], shape[self.classes] = self.weight.shape
+        weight = self.weight.view(shape)
+        if self.rows.is_floating_point():
+            self.slope = weight * (1 - smoothing)
+            return weighted_target(self.rows, weight, smoothing, self.classes)
+        labels = self.rows.unsqueeze(self.classes)
+        numbers = torch.arange(shape[self.classes], device=labels.device)
+        one_hot = labels == numbers.view(-1, *[1] * (input.dim() - self.classes - 1))
+        target = weighted_target(one_hot.to(input.dtype), weight, smoothing, self.classes)
+        return target * (labels != self.ignore_index)
 
     def fold(self, tensor: Any) -> Any:
         return tensor if tensor is None or self.single else tensor.flatten(0, 1)
+
+    def fold_tangents(self, input_t: Any, target_t: Any) -> tuple[Any, Any]:
+        if self.slope is not None and target_t is not None:
+            target_t = target_t * self.slope
+        return self.fold(input_t), self.fold(target_t)
 
     def unfold(self, tensor: Tensor) -> Tensor:
         return tensor if self.single else tensor.unflatten(0, (self.size, -1))
 
     def unfold_masked(self, grads: Any, mask: list[bool]) -> Any:
-        results = tuple(
+        by_input, by_target = (
             self.unfold(grad) if asked else grad for grad, asked in zip(grads, mask, strict=True)
         )
-        return results, tuple(0 if asked else None for asked in mask)
+        if mask[1] and self.slope is not None:
+            by_target = by_target * self.slope
+        return (by_input, by_target), tuple(0 if asked else None for asked in mask)
 
     def ones(self) -> Tensor:
         """A normalizer that changes nothing."""
@@ -266,13 +306,15 @@ class Batch:
         """What each sample's mean divides by."""
         dtype = fake_sum_type(self.input.dtype)
         if self.rows.is_floating_point():
-            rows = self.rows.numel() // self.size // self.rows.shape[1 if self.single else 2]
+            rows = self.rows.numel() // self.size // self.rows.shape[self.classes]
             return torch.full((self.size,), rows, dtype=dtype, device=self.rows.device)
-        kept = self.rows != self.ignore_index
+        labels = self.rows.reshape(self.size, -1)
+        kept = labels != self.ignore_index
         weights = kept.to(dtype)
         if self.weight is not None:
-            weights = weights * self.weight.to(dtype)[self.rows.where(kept, 0)]
-        return weights.reshape(self.size, -1).sum(1)
+            each = self.weight.to(dtype).expand(self.size, -1)
+            weights = weights * each.gather(1, labels.where(kept, 0))
+        return weights.sum(1)
 
     def spread(self, grad_output: Tensor, normalizer: Tensor) -> Tensor:
         """The gradient of each unreduced loss."""
@@ -294,43 +336,41 @@ def fake_sum_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def fake_loss(input: Tensor, reduction: int) -> Tensor:
-    if reduction != NONE or input.dim() == 1:
-        return input.new_empty(())
-    return input.new_empty((input.shape[0], *input.shape[2:]))
+def fake_loss(op: str, input: Tensor, args: Any) -> Tensor:
+    target, weight, _, ignore_index, reduction, label_smoothing = args
+    shape = focal_loss_shape(op, input, target, weight, ignore_index, label_smoothing)
+    return input.new_empty(shape if reduction == NONE else ())
 
 
-def fake_grads(input: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+def fake_grads(op: str, grad_output: Tensor, input: Tensor, args: Any) -> tuple[Tensor, ...]:
+    *args, mask = args
+    loss = fake_loss(op, input, args)
+    if args[-2] == NONE:
+        check_shape(op, grad_output, "grad_output", loss.shape)
     return tuple(torch.empty_like(input) if asked else input.new_empty(0) for asked in mask)
 
 
 @torch.library.register_fake("dlops::focal_loss")
-def _(
-    input: Tensor,
-    target: Tensor,
-    weight: Any,
-    gamma: float,
-    ignore_index: Any,
-    reduction: int,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    check_devices("focal_loss", input=input, target=target, weight=weight)
-    return fake_loss(input, reduction), input.new_empty((), dtype=fake_sum_type(input.dtype))
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    loss = fake_loss("focal_loss", input, args)
+    return loss, input.new_empty((), dtype=fake_sum_type(input.dtype))
 
 
 @torch.library.register_fake("dlops::focal_loss_vjp")
-def _(grad_output: Tensor, normalizer: Tensor, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return fake_grads(input, args[-1])
+def _(grad_output: Tensor, normalizer: Any, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return fake_grads("focal_loss_vjp", grad_output, input, args)
 
 
 @torch.library.register_fake("dlops::focal_loss_jvp")
 def _(normalizer: Any, input_t: Any, target_t: Any, input: Tensor, *args: Any) -> Tensor:
-    return fake_loss(input, args[-2])
+    return fake_loss("focal_loss_jvp", input, args)
 
 
 @torch.library.register_fake("dlops::focal_loss_hvp")
-def _(grad: Any, normalizer: Any, input_t: Any, target_t: Any, input: Tensor, *args: Any) -> Any:
-    return fake_grads(input, args[-1])
+def _(
+    grad_output: Any, normalizer: Any, input_t: Any, target_t: Any, input: Tensor, *args: Any
+) -> Any:
+    return fake_grads("focal_loss_hvp", grad_output, input, args)
 
 
 register(FocalLoss, "focal_loss")

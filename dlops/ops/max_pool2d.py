@@ -10,28 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, differentiable, memory_format, register
+from dlops.ops.common import call, differentiable, empty_images, register, traced
+from dlops.ops.shapes import FLOATING, INTEGERS, check, check_dtype, check_shape, pool2d_size
 
 ops = torch.ops.dlops
 
 MAX_BYTE_CELLS = 256
-
-
-def output_size(
-    input_size: Any, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
-) -> list[int]:
-    """Height and width of the pooled output, as torch.nn.MaxPool2d gives them."""
-    result = []
-    for size, kernel, step, pad, spread in zip(
-        input_size, kernel_size, stride, padding, dilation, strict=True
-    ):
-        reach = size + 2 * pad - spread * (kernel - 1) - 1
-        count = (reach + (step - 1 if ceil_mode else 0)) // step + 1
-        # The last window must start inside the image or its left padding.
-        if ceil_mode and (count - 1) * step >= size + pad:
-            count -= 1
-        result.append(count)
-    return result
 
 
 class MaxPool2d(Function):
@@ -147,7 +131,7 @@ def max_pool2d(input: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
 
 def max_pool2d_values(input: Tensor, *window: Any) -> Tensor:
     """The output alone; the cells are left out where nothing can ask for a derivative."""
-    if torch.compiler.is_compiling() or differentiable(input):
+    if traced() or differentiable(input):
         return max_pool2d(input, *window)[0]
     return ops.max_pool2d_values(input, *window)
 
@@ -198,17 +182,13 @@ torch.library.register_autograd(
 
 
 def empty_output(input: Tensor, size: Any, dtype: torch.dtype) -> Tensor:
-    return torch.empty(
-        (*input.shape[:2], *size),
-        dtype=dtype,
-        device=input.device,
-        memory_format=memory_format(input),
-    )
+    return empty_images(input, (*input.shape[:2], *size), input, dtype=dtype)
 
 
 @torch.library.register_fake("dlops::max_pool2d")
 def _(input: Tensor, kernel_size: Any, *window: Any) -> tuple[Tensor, Tensor]:
-    size = output_size(input.shape[2:], kernel_size, *window)
+    size = pool2d_size("max_pool2d", input.shape, kernel_size, *window)
+    check_dtype("max_pool2d", input, "input", (*FLOATING, *INTEGERS))
     byte = kernel_size[0] * kernel_size[1] <= MAX_BYTE_CELLS
     return (
         empty_output(input, size, input.dtype),
@@ -218,27 +198,45 @@ def _(input: Tensor, kernel_size: Any, *window: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("dlops::max_pool2d_values")
 def _(input: Tensor, kernel_size: Any, *window: Any) -> Tensor:
-    return empty_output(input, output_size(input.shape[2:], kernel_size, *window), input.dtype)
+    size = pool2d_size("max_pool2d", input.shape, kernel_size, *window)
+    check_dtype("max_pool2d", input, "input", (*FLOATING, *INTEGERS))
+    return empty_output(input, size, input.dtype)
 
 
 @torch.library.register_fake("dlops::max_pool2d_indices")
 def _(cells: Tensor, input_size: Any, *window: Any) -> Tensor:
+    check_cells("max_pool2d_indices", cells, input_size, window)
     return empty_output(cells, cells.shape[2:], torch.int64)
 
 
 @torch.library.register_fake("dlops::max_pool2d_scatter")
 def _(grad_output: Tensor, cells: Tensor, input_size: Any, *window: Any) -> Tensor:
-    return torch.empty(
-        tuple(input_size),
-        dtype=grad_output.dtype,
-        device=grad_output.device,
-        memory_format=memory_format(cells),
-    )
+    check_cells("max_pool2d_scatter", cells, input_size, window)
+    check_shape("max_pool2d_scatter", grad_output, "grad_output", cells.shape)
+    return empty_images(grad_output, input_size, cells)
 
 
 @torch.library.register_fake("dlops::max_pool2d_gather")
 def _(input: Tensor, cells: Tensor, *window: Any) -> Tensor:
+    check_cells("max_pool2d_gather", cells, input.shape, window)
     return empty_output(cells, cells.shape[2:], input.dtype)
+
+
+def check_cells(op: str, cells: Tensor, input_size: Any, window: Any) -> None:
+    """The cells of a pooling of images of this size, with or without ceil_mode."""
+    kernel_size, stride, padding, dilation = window
+    size = pool2d_size(op, input_size, kernel_size, stride, padding, dilation, True)
+    check(
+        op,
+        cells.dim() == 4 and cells.shape[0] == input_size[0] and cells.shape[1] == input_size[1],
+        f"expected cells of {input_size[0]} images and {input_size[1]} channels, "
+        f"got shape {tuple(cells.shape)}",
+    )
+    check(
+        op,
+        1 <= cells.shape[2] <= size[0] and 1 <= cells.shape[3] <= size[1],
+        f"expected cells of at most {tuple(size)} pixels, got shape {tuple(cells.shape)}",
+    )
 
 
 register(MaxPool2d, "max_pool2d")

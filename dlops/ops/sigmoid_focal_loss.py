@@ -13,13 +13,13 @@ from dlops.ops.common import (
     any_tensor,
     batched,
     call,
-    check_devices,
     no_third_derivative,
     reduce_rows,
     register,
     spread_grad,
     where_asked,
 )
+from dlops.ops.shapes import check_shape, check_sigmoid_focal_loss
 
 ops = torch.ops.dlops
 
@@ -246,29 +246,34 @@ def fake_loss(inputs: Tensor, reduction: int) -> Tensor:
     return torch.empty_like(inputs) if reduction == NONE else inputs.new_empty(())
 
 
-def fake_grads(inputs: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+def fake_grads(op: str, grad_output: Tensor, args: Any) -> tuple[Tensor, ...]:
+    inputs, targets, class_alpha, _, _, reduction, mask = args
+    check_sigmoid_focal_loss(op, inputs, targets, class_alpha)
+    if reduction == NONE:
+        check_shape(op, grad_output, "grad_output", inputs.shape)
     return tuple(torch.empty_like(inputs) if asked else inputs.new_empty(0) for asked in mask)
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss")
-def _(inputs: Tensor, targets: Tensor, *options: Any) -> Tensor:
-    check_devices("sigmoid_focal_loss", inputs=inputs, targets=targets, alpha=options[0])
+def _(inputs: Tensor, targets: Tensor, class_alpha: Any, *options: Any) -> Tensor:
+    check_sigmoid_focal_loss("sigmoid_focal_loss", inputs, targets, class_alpha)
     return fake_loss(inputs, options[-1])
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss_vjp")
-def _(grad_output: Tensor, inputs: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return fake_grads(inputs, args[-1])
+def _(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return fake_grads("sigmoid_focal_loss_vjp", grad_output, args)
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss_jvp")
 def _(inputs_t: Any, targets_t: Any, inputs: Tensor, *args: Any) -> Tensor:
+    check_sigmoid_focal_loss("sigmoid_focal_loss_jvp", inputs, *args[:2])
     return fake_loss(inputs, args[-1])
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss_hvp")
-def _(grad_output: Any, inputs_t: Any, targets_t: Any, inputs: Tensor, *args: Any) -> Any:
-    return fake_grads(inputs, args[-1])
+def _(grad_output: Any, inputs_t: Any, targets_t: Any, *args: Any) -> Any:
+    return fake_grads("sigmoid_focal_loss_hvp", grad_output, args)
 
 
 register(SigmoidFocalLoss, "sigmoid_focal_loss")

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dlops.ops.common import call, register
-from dlops.ops.conv2d import output_size
+from dlops.ops.shapes import FLOATING, check_dtype, fold_channels, unfold_size
 
 ops = torch.ops.dlops
+
+DTYPES = (*FLOATING, torch.complex128, torch.complex64, torch.bool)
 
 
 class Unfold(Function):
@@ -77,16 +79,18 @@ def fold(input: Tensor, *window: Any) -> Tensor:
 
 
 @torch.library.register_fake("dlops::unfold")
-def _(input: Tensor, kernel_size: Any, dilation: Any, padding: Any, stride: Any) -> Tensor:
-    size = output_size(input.shape[2:], kernel_size, stride, [*padding, *padding], dilation)
+def _(input: Tensor, kernel_size: Any, *window: Any) -> Tensor:
+    rows, cols = unfold_size("unfold", input.shape, kernel_size, *window)
+    check_dtype("unfold", input, "input", DTYPES)
     n, channels = input.shape[:2]
-    return input.new_empty(n, channels * kernel_size[0] * kernel_size[1], size[0] * size[1])
+    return input.new_empty(n, channels * kernel_size[0] * kernel_size[1], rows * cols)
 
 
 @torch.library.register_fake("dlops::fold")
 def _(input: Tensor, output_size: Any, kernel_size: Any, *window: Any) -> Tensor:
-    cells = kernel_size[0] * kernel_size[1]
-    return input.new_empty(input.shape[0], input.shape[1] // cells, *output_size)
+    channels = fold_channels("fold", input.shape, output_size, kernel_size, window)
+    check_dtype("fold", input, "input", DTYPES)
+    return input.new_empty(input.shape[0], channels, *output_size)
 
 
 register(Unfold, "unfold")
