@@ -52,8 +52,8 @@ def convert(module: nn.Module) -> nn.Module:
     if left:
         more = f" and {len(left) - 5} more" if len(left) > 5 else ""
         warnings.warn(
-            "dlops.convert left subclasses of torch's modules as they are, because they may compute "
-            f"something else: {', '.join(left[:5])}{more}",
+            "dlops.convert left subclasses of torch's modules as they are, because they may "
+            f"compute something else: {', '.join(left[:5])}{more}",
             stacklevel=2,
         )
     return module

@@ -448,7 +448,9 @@ def _conv_padding(
         )
     if any(step != 1 for step in stride):
         raise RuntimeError(f"conv2d: padding='same' needs stride 1, got stride {tuple(stride)}")
-    totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    # torch.jit.trace cannot put traced sizes into the lists that the operators take.
+    kernel = [int(size) if torch.jit.is_tracing() else size for size in weight.shape[2:]]
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     before = [total // 2 for total in totals]
     # An odd total puts the extra row and column at the end.
     return before + [total - first for total, first in zip(totals, before, strict=True)]

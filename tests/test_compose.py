@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,21 @@ import checks
 import native
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jvp, vjp, vmap
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
+from torch.utils._pytree import tree_map
 
 import dlops
 from dlops import functional as F
 
-pytestmark = pytest.mark.compose
+pytestmark = [
+    pytest.mark.compose,
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit", "ignore:ComplexHalf support", "ignore::torch.jit.TracerWarning"
+    ),
+]
 
 Function = Callable[..., Tensor]
 
@@ -157,6 +163,20 @@ def test_complex_convolution(layout: torch.memory_format) -> None:
     assert gradgradcheck(ours, tensors, check_fwd_over_rev=True)
 
 
+def test_half_precision_complex_convolution() -> None:
+    x, w = (
+        torch.complex(double(*size), double(*size, seed=1)).to(torch.complex32)
+        for size in ((2, 4, 6, 5), (6, 2, 3, 3))
+    )
+    ours, theirs = [], []
+    for op, results in ((F.conv2d, ours), (native.conv2d, theirs)):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        result = op(*leaves, padding=1, groups=2)
+        grads = torch.autograd.grad(torch.view_as_real(result).float().square().sum(), leaves)
+        results += [t.to(torch.complex64) for t in (result, *grads)]
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 def test_integer_convolution(dtype: torch.dtype) -> None:
     x = torch.randint(0, 3, (2, 3, 5, 6), dtype=dtype)
@@ -255,6 +275,69 @@ def test_vmap_of_convolution(in_dims: Any, groups: int) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("target", [LABELS, SMOOTH], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_vmap_over_class_weights(reduction: str, target: Tensor, smoothing: float) -> None:
+    """Values, and all derivatives that flow through the rules for a weight of each sample."""
+    weights = double(3, 5, seed=7).abs() + 0.1
+    x, along = double(4, 5), double(4, 5, seed=8)
+
+    def derivatives(loss: Function, x: Tensor, w: Tensor) -> Any:
+        def one(x: Tensor, t: Tensor) -> Tensor:
+            value = loss(x, t, w, 2.0, reduction=reduction, label_smoothing=smoothing)
+            return value.sin().sum()
+
+        soft = target.is_floating_point()
+        numbers = (0, 1) if soft else 0
+        first = grad(one, numbers)(x, target)
+        tangents = (along, along.roll(1, 0) if soft else torch.zeros_like(target))
+        second = hessian(one, numbers)(x, target)
+        forward = jvp(lambda x, t: one(x, t), (x, target), tangents) if soft else ()
+        return one(x, target), first, second, forward
+
+    ours = vmap(lambda w: derivatives(F.focal_loss, x, w))(weights)
+    one_by_one = [derivatives(native.focal_loss, x, w) for w in weights]
+    for i, expected in enumerate(one_by_one):
+        close(tree_map(lambda t, i=i: t[i], ours), expected)
+
+
+def test_derivatives_of_class_weights() -> None:
+    """As native's cross entropy has them: where the target holds class probabilities."""
+    x, w = double(4, 5), CLASS_WEIGHT
+
+    def total(loss: Function, gamma: float) -> Function:
+        return lambda x, w: loss(x, SMOOTH, w, gamma, label_smoothing=0.1).exp()
+
+    ours, theirs = total(F.focal_loss, 2.0), total(native.focal_loss, 2.0)
+    close(hessian(ours, (0, 1))(x, w), hessian(theirs, (0, 1))(x, w))
+    close(jvp(ours, (x, w), (x, w)), jvp(theirs, (x, w), (x, w)))
+    with pytest.raises(RuntimeError, match="no derivative with respect to weight"):
+        F.focal_loss(x, LABELS, w.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="no derivative with respect to weight"):
+        jvp(lambda w: F.focal_loss(x, LABELS, w), (w,), (w,))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_derivatives_of_alpha(reduction: str) -> None:
+    x = double(4, 5)
+
+    def loss(alpha: Tensor, x: Tensor) -> Tensor:
+        return F.sigmoid_focal_loss(x, HARD, alpha, 1.5, reduction)
+
+    def plain(alpha: Tensor, x: Tensor) -> Tensor:
+        losses = F.sigmoid_focal_loss(x, HARD, -1.0, 1.5)
+        weights = HARD * alpha + (1 - HARD) * (1 - alpha)
+        weighted = losses * torch.where(alpha < 0, 1.0, weights)
+        return {"none": weighted, "mean": weighted.mean(), "sum": weighted.sum()}[reduction]
+
+    for alpha in (CLASS_ALPHA, torch.tensor(0.3, dtype=torch.float64)):
+        close(loss(alpha, x), plain(alpha, x))
+        close(jacfwd(loss, (0, 1))(alpha, x), jacfwd(plain, (0, 1))(alpha, x))
+        assert gradcheck(loss, (alpha.clone().requires_grad_(), x.clone().requires_grad_()))
+    close(vmap(loss, (0, None))(double(3, 5).abs(), x)[1], loss(double(3, 5).abs()[1], x))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_vmap_of_losses(reduction: str) -> None:
     x, labels = double(3, 4, 5), torch.stack([LABELS, LABELS.flip(0), LABELS.roll(1)])
 
@@ -342,6 +425,56 @@ def test_export() -> None:
     torch.testing.assert_close(program.run_decompositions().module()(bigger), model(bigger))
 
 
+def test_aot_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converted network as a compiled package, loaded without its Python code."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    model = dlops.convert(network()).eval()
+    x = torch.randn(4, 3, 16, 16)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "network.pt2")
+    )
+    loaded = torch._inductor.aoti_load_package(package)
+    for batch in (4, 3):
+        images = torch.randn(batch, 3, 16, 16)
+        torch.testing.assert_close(loaded(images), model(images))
+
+
+def test_raw_operators_compile() -> None:
+    """Called as torch.ops.dlops.*, with the derivatives that are registered on them."""
+    ops = torch.ops.dlops
+    window = ([2, 2], [2, 2], [0, 0], [1, 1], False)
+
+    def raw(x: Tensor, w: Tensor, labels: Tensor) -> Tensor:
+        y = ops.conv2d(x, w, None, [1, 1], [1, 1, 1, 1], [1, 1], 1)
+        columns = ops.unfold(y, [2, 2], [1, 1], [0, 0], [2, 2])
+        y = ops.fold(columns, [8, 8], [2, 2], [1, 1], [0, 0], [2, 2])
+        pooled = ops.max_pool2d(y, *window)[0] + ops.max_pool2d_values(y, *window)
+        logits = pooled.mean((2, 3))
+        losses = ops.sigmoid_focal_loss(logits, logits.detach().sigmoid(), None, 0.25, 2.0, 1)
+        return losses + ops.focal_loss(logits, labels, None, 2.0, -100, 1, 0.1)[0]
+
+    args = double(2, 3, 8, 8), double(5, 3, 3, 3, seed=1), torch.tensor([1, 4])
+    compiled = torch.compile(raw, fullgraph=True, backend="aot_eager")
+    for function in (raw, compiled):
+        leaves = args[0].clone().requires_grad_(), args[1].clone().requires_grad_()
+        result = function(*leaves, args[2])
+        grads = torch.autograd.grad(result, leaves)
+        if function is raw:
+            expected = [result, *grads]
+        else:
+            close([result, *grads], expected)
+
+
+def test_jit_trace_is_saved_and_loaded() -> None:
+    model = dlops.convert(network()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(x), model(x))
+
+
 def test_symbolic_trace() -> None:
     model = dlops.convert(network())
     traced = torch.fx.symbolic_trace(model)
@@ -403,6 +536,29 @@ def test_checkpointing() -> None:
     assert all(map(torch.equal, plain, with_gradients(checkpointed, model, *args)))
 
 
+def test_hooks() -> None:
+    """Hooks on modules, tensors, parameters and saved tensors see what native's see."""
+
+    def seen(model: nn.Module) -> tuple[list[str], list[Tensor]]:
+        names: list[str] = []
+        tensors: list[Tensor] = []
+        model[0].register_forward_pre_hook(lambda m, args: names.append("before"))
+        model[0].register_forward_hook(lambda m, args, out: tensors.append(out.detach()))
+        model[2].register_full_backward_hook(lambda m, gi, go: tensors.extend([*gi, *go]))
+        model[0].weight.register_hook(lambda g: g * 2)
+        model[0].weight.register_post_accumulate_grad_hook(lambda p: tensors.append(p.grad.clone()))
+        x = double(2, 3, 16, 16).requires_grad_()
+        with torch.autograd.graph.save_on_cpu():
+            out = model(x)
+        out.register_hook(lambda g: tensors.append(g))
+        out.sum().backward()
+        return names, [*tensors, x.grad]
+
+    ours, theirs = seen(dlops.convert(network().double())), seen(network().double())
+    assert ours[0] == theirs[0] == ["before"]
+    close(ours[1], theirs[1])
+
+
 def test_copies_and_files() -> None:
     model = dlops.convert(network())
     x = torch.randn(2, 3, 16, 16)
@@ -413,6 +569,7 @@ def test_copies_and_files() -> None:
     other = network()
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(dlops.convert(other)(x), model(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 @pytest.mark.parametrize("change", ["weight_norm", "spectral_norm", "prune"])
@@ -426,7 +583,17 @@ def test_changed_parameters(change: str) -> None:
         return model.double().eval()
 
     x = double(2, 3, 16, 16)
-    close(changed(dlops.convert(network()))(x), changed(network())(x))
+    theirs = changed(network())
+    close(changed(dlops.convert(network()))(x), theirs(x))
+    # Changed first, converted then.
+    ours = dlops.convert(changed(network()))
+    assert isinstance(ours[0], dlops.nn.Conv2d)
+    close(ours(x), theirs(x))
+    assert not isinstance(dlops.revert(ours)[0], dlops.nn.Conv2d)
+    if change != "prune":
+        parametrize.remove_parametrizations(dlops.convert(ours)[0], "weight")
+        assert type(ours[0]) is dlops.nn.Conv2d
+        close(ours(x), theirs(x))
 
 
 def test_tensor_subclasses_are_asked() -> None:
@@ -444,28 +611,3 @@ def test_tensor_subclasses_are_asked() -> None:
     out = F.max_pool2d(F.conv2d(x, torch.randn(4, 3, 3, 3)), 2)
     assert isinstance(out, Counted)
     assert {"conv2d", "max_pool2d"} <= set(Counted.calls)
-
-
-# ----------------------------------------------------------------------------- whole networks
-
-
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1", "googlenet"])
-def test_torchvision_networks(name: str) -> None:
-    options = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
-    torch.manual_seed(0)
-    model = torchvision.models.get_model(name, num_classes=10, **options)
-    model = model.double().eval()
-    keys = list(model.state_dict())
-    x = double(2, 3, 64, 64)
-
-    def run() -> list[Tensor]:
-        model.zero_grad()
-        out = model(x)
-        out.square().sum().backward()
-        return [out.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-    expected = run()
-    dlops.convert(model)
-    assert list(model.state_dict()) == keys
-    assert not any(type(m) in (nn.Conv2d, nn.MaxPool2d) for m in model.modules())
-    close(run(), expected)

@@ -329,10 +329,34 @@ def test_convert_a_single_layer(layer: nn.Module) -> None:
 
 def test_subclasses_are_left_alone() -> None:
     model = nn.Sequential(MyConv2d(3, 4, 3), nn.Conv2d(4, 4, 1))
-    dlops.convert(model)
+    with pytest.warns(UserWarning, match=r"as they are.*: 0 \(test_modules.MyConv2d\)$"):
+        dlops.convert(model)
     assert [type(layer) for layer in model] == [MyConv2d, dnn.Conv2d]
     dlops.revert(model)
     assert [type(layer) for layer in model] == [MyConv2d, nn.Conv2d]
+
+
+def test_many_subclasses_are_one_short_warning() -> None:
+    model = nn.Sequential(*(MyConv2d(3, 3, 1) for _ in range(9)))
+    with pytest.warns(UserWarning, match="and 4 more$") as caught:
+        dlops.convert(model)
+    assert len(caught) == 1
+
+
+def test_lazy_layers_become_ours() -> None:
+    torch.manual_seed(0)
+    native = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU()).double()
+    ours = dlops.convert(copy.deepcopy(native))
+    assert isinstance(ours, nn.Sequential)
+    assert type(ours[0]) is dnn.LazyConv2d
+    assert type(dlops.revert(copy.deepcopy(ours))[0]) is nn.LazyConv2d
+    results = []
+    for model in (native, ours):
+        torch.manual_seed(1)
+        results.append(model(IMAGES))
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    assert type(ours[0]) is dnn.Conv2d
+    assert ours[0].in_channels == IMAGES.shape[1]
 
 
 def test_a_shared_layer_stays_shared() -> None:

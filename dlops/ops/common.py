@@ -70,8 +70,8 @@ def traced() -> bool:
 def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
     """Runs an op: eagerly through its autograd.Function, traced through the registered op.
 
-    ``torch.compile`` cannot trace a Function that defines ``jvp``, and ``torch.jit.save`` cannot
-    write one; the op's backward is registered from the same code, so both have the same derivatives.
+    ``torch.compile`` cannot trace a Function that defines ``jvp``, nor can ``torch.jit.save`` write
+    one; the op's backward is registered from the same code, so both have the same derivatives.
     """
     if traced():
         return op(*args)

@@ -78,8 +78,11 @@ class Conv2d(Function):
         input, weight = to_front(input, in_dims[0]), to_front(weight, in_dims[1])
         if in_dims[2] is not None:  # a bias for each sample is added afterwards
             samples = to_front(bias, in_dims[2])
-            plain, dim = Conv2d.vmap(info, (*in_dims[:2], None), input, weight, None, *geometry)
-            plain = plain.movedim(dim, 0) if dim is not None else plain
+            if in_dims[0] is None and in_dims[1] is None:
+                plain = conv2d(input, weight, None, *geometry)
+            else:
+                fronts = (*(None if dim is None else 0 for dim in in_dims[:2]), None)
+                plain, _ = Conv2d.vmap(info, fronts, input, weight, None, *geometry)
             return plain + samples[:, None, :, None, None], 0
         *window, groups = geometry
         batch = info.batch_size
