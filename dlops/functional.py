@@ -325,7 +325,7 @@ def focal_loss(
     Args:
         input: logits (C), (N, C) or (N, C, d1, ...), floating point.
         target: class indices (int64) in the shape of input without C, or class probabilities in the
-            shape and dtype of input.
+            shape of input; another floating-point dtype than input's promotes.
         weight: one weight for each class, (C), of input's dtype.
         gamma: how strongly well-classified rows are played down.
         ignore_index: rows with this class index count for nothing.
@@ -370,6 +370,13 @@ def focal_loss(
     if input.dim() == 1 and target.dim() == 1 and target.numel() == 1 != input.numel():
         target = target.squeeze(0)  # native takes a single row's class either way
     input, target, weight = autocast("float32", input, target, weight)
+    if target.dtype in FLOATING and input.dtype in FLOATING:
+        # Class probabilities promote, as in native, where they are a factor like any other.
+        dtype = torch.promote_types(input.dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+            weight = weight.to(dtype)
+        input, target = input.to(dtype), target.to(dtype)
     smoothing = max(label_smoothing, 0.0)  # native, too, reads a negative one as none
     if weight is not None and differentiable(weight):
         weight, target, smoothing = _weight_in_target(input, target, weight, smoothing)
