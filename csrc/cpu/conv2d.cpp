@@ -14,6 +14,7 @@
 
 #include "common/conv2d_checks.h"
 #include "cpu/conv2d_panels.h"
+#include "cpu/conv2d_planes.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
 
@@ -41,6 +42,11 @@ void check_dtype(const at::Tensor& tensor, const char* op) {
 
 // The type that products of `dtype` are summed in.
 at::ScalarType sum_type(at::ScalarType dtype) { return at::toOpMathType(dtype); }
+
+// weight in the type of the sums, contiguous.
+at::Tensor dense_weight(const at::Tensor& weight) {
+  return weight.to(sum_type(weight.scalar_type())).contiguous();
+}
 
 // weight as (groups, Og, Cg, R, S), in the type of the sums.
 at::Tensor grouped_weight(const at::Tensor& weight, const Conv2dGeometry& g) {
@@ -173,6 +179,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
   const at::MemoryFormat computed = compute_format(g, format);
   const at::Tensor dense = input.contiguous(computed);
   at::Tensor result = computed == format ? output : at::empty(output.sizes(), output.options());
+  if (computed == at::MemoryFormat::Contiguous && takes_planes(g, input.scalar_type())) {
+    planes_forward(g, dense, dense_weight(weight), sum_bias, result);
+    return result.contiguous(format);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
@@ -257,6 +267,11 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   at::Tensor result = at::empty(input_size, grad_output.options().memory_format(computed));
   if (result.numel() == 0) return result.contiguous(format);
   const at::Tensor dense = grad_output.contiguous(computed);
+  if (computed == at::MemoryFormat::Contiguous && takes_planes(g, grad_output.scalar_type()) &&
+      weight.isfinite().all().item<bool>()) {
+    planes_grad_input(g, dense, dense_weight(weight), result);
+    return result.contiguous(format);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
                                          "conv2d_grad_input", [&] {
                                            if (computed == at::MemoryFormat::ChannelsLast) {
@@ -353,6 +368,15 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   const at::MemoryFormat computed = compute_format(g, format);
   const at::Tensor dense_input = input.contiguous(computed);
   const at::Tensor dense_grad = grad_output.contiguous(computed);
+  if (computed == at::MemoryFormat::Contiguous && takes_planes(g, input.scalar_type())) {
+    if (format == computed) {
+      planes_grad_weight(g, dense_grad, dense_input, result);
+      return result;
+    }
+    const at::Tensor plain = at::empty(result.sizes(), result.options());
+    planes_grad_weight(g, dense_grad, dense_input, plain);
+    return result.copy_(plain);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
