@@ -6,9 +6,11 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/grain.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/conv2d_planes.h"
 
@@ -19,13 +21,6 @@ namespace {
 constexpr int64_t kPhaseElements = 64 * 1024;
 // Outputs that are computed at a time.
 constexpr int64_t kOutputs = 8;
-// Multiply-adds below which waking another thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 1 << 16;
-
-int64_t grain(int64_t work_per_task) {
-  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
-}
-
 // The images' rows, cut into blocks whose planes stay in cache. The cut depends on the shapes
 // alone.
 struct RowBlocks {
@@ -292,14 +287,20 @@ void planes_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::
   });
 }
 
-void planes_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+bool planes_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                        const at::Tensor& weight, const at::Tensor& result) {
+  bool finite = true;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad_output.scalar_type(), "conv2d_grad_input", [&] {
         using sum_t = at::opmath_type<scalar_t>;
-        grad_input<scalar_t>(g, grad_output.const_data_ptr<scalar_t>(),
-                             weight.const_data_ptr<sum_t>(), result.mutable_data_ptr<scalar_t>());
+        const sum_t* w = weight.const_data_ptr<sum_t>();
+        finite = std::all_of(w, w + weight.numel(), [](sum_t x) { return std::isfinite(x); });
+        if (finite) {
+          grad_input<scalar_t>(g, grad_output.const_data_ptr<scalar_t>(), w,
+                               result.mutable_data_ptr<scalar_t>());
+        }
       });
+  return finite;
 }
 
 void planes_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

@@ -6,6 +6,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <type_traits>
 
 namespace dlops::cpu {
 namespace {
@@ -29,13 +30,26 @@ Interval image_columns(const Conv2dGeometry& g, int64_t phase_w, int64_t pitch) 
   return {std::min(begin, end), end};
 }
 
+// These two write whole vectors, beyond `count`: planes are filled front to back, with slack behind
+// the last one.
 template <class T>
 void zero(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = T(0);
+  for (int64_t i = 0; i < count; i += Vec<T>::size()) Vec<T>(T(0)).store(to + i);
+}
+
+template <class T>
+void copy_row(const T* from, T* to, int64_t count) {
+  constexpr int64_t L = Vec<T>::size();
+  int64_t i = 0;
+  for (; i + L <= count; i += L) Vec<T>::loadu(from + i).store(to + i);
+  if (i < count) Vec<T>::loadu(from + i, count - i).store(to + i);
 }
 
 template <class image_t, class sum_t>
 void gather_row(const image_t* from, int64_t step, sum_t* to, int64_t count) {
+  if constexpr (std::is_same_v<image_t, sum_t>) {
+    if (step == 1) return copy_row(from, to, count);
+  }
   if (step == 1) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<sum_t>(from[i]);
   } else if (step == 2) {
@@ -47,6 +61,15 @@ void gather_row(const image_t* from, int64_t step, sum_t* to, int64_t count) {
 
 template <class sum_t, class image_t>
 void scatter_row(const sum_t* from, image_t* to, int64_t step, int64_t count) {
+  if constexpr (std::is_same_v<image_t, sum_t>) {
+    constexpr int64_t L = Vec<sum_t>::size();
+    if (step == 1) {
+      int64_t i = 0;
+      for (; i + L <= count; i += L) Vec<sum_t>::loadu(from + i).store(to + i);
+      if (i < count) Vec<sum_t>::loadu(from + i).store(to + i, static_cast<int>(count - i));
+      return;
+    }
+  }
   if (step == 1) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<image_t>(from[i]);
   } else if (step == 2) {
