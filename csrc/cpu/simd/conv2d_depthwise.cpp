@@ -1,22 +1,14 @@
 #include "cpu/simd/conv2d_depthwise.h"
 
 #include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+
+#include "cpu/simd/registers.h"
 
 namespace dlops::cpu {
 namespace {
 
-template <class T>
-using Vec = at::vec::Vectorized<T>;
-
-// Sums that are kept in registers at a time.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kSums = 16;
-#else
-constexpr int kSums = 8;
-#endif
 constexpr int kPixels = 4;
 
 // `count` is a full vector's but for the last channels.

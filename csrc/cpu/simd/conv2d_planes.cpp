@@ -1,25 +1,16 @@
 #include "cpu/simd/conv2d_planes.h"
 
 #include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/simd/registers.h"
+
 namespace dlops::cpu {
 namespace {
-
-template <class T>
-using Vec = at::vec::Vectorized<T>;
-
-// Sums that are kept in registers at a time.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int kSums = 16;
-#else
-constexpr int kSums = 8;
-#endif
 
 // The plane columns [begin, end) that stand on an image of W columns, in phase b.
 Interval image_columns(const Conv2dGeometry& g, int64_t phase_w, int64_t pitch) {
