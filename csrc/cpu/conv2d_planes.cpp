@@ -49,17 +49,34 @@ struct Tasks {
 
 // The phase planes of a group's channels, and where each term (c, r, s) of an output begins.
 template <class scalar_t, class sum_t>
-void fill_group(const Conv2dGeometry& g, const PlaneLayout& layout, const scalar_t* channels,
-                int64_t row0, int64_t rows, sum_t* phases, std::vector<const sum_t*>& terms) {
-  const int64_t Cg = g.channels_per_group(), size = layout.channel_size(g, rows);
-  const auto fill = DLOPS_SIMD(fill_phases, scalar_t, sum_t);
-  terms.clear();
-  for (int64_t c = 0; c < Cg; ++c, phases += size) {
-    fill(g, channels + c * g.H * g.W, row0, rows, phases);
-    for (int64_t r = 0; r < g.R; ++r)
-      for (int64_t s = 0; s < g.S; ++s) terms.push_back(phases + layout.offset(g, rows, r, s));
+class GroupPhases {
+ public:
+  GroupPhases(const Conv2dGeometry& g, sum_t* space) : g_(g), layout_(g), space_(space) {}
+  void fill(const scalar_t* channels, int64_t row0, int64_t rows) {
+    const int64_t size = layout_.channel_size(g_, rows);
+    if (rows != rows_) place(rows, size);
+    for (int64_t c = 0; c < g_.channels_per_group(); ++c)
+      fill_(g_, channels + c * g_.H * g_.W, row0, rows, space_ + c * size);
   }
-}
+  const sum_t* const* terms() const { return terms_.data(); }
+
+ private:
+  void place(int64_t rows, int64_t size) {
+    rows_ = rows;
+    terms_.clear();
+    for (int64_t c = 0; c < g_.channels_per_group(); ++c)
+      for (int64_t r = 0; r < g_.R; ++r)
+        for (int64_t s = 0; s < g_.S; ++s)
+          terms_.push_back(space_ + c * size + layout_.offset(g_, rows, r, s));
+  }
+  const Conv2dGeometry& g_;
+  const PlaneLayout layout_;
+  sum_t* space_;
+  decltype(&fill_phases<kBaseline, scalar_t, sum_t>) fill_ =
+      DLOPS_SIMD(fill_phases, scalar_t, sum_t);
+  int64_t rows_ = -1;
+  std::vector<const sum_t*> terms_;
+};
 
 template <class scalar_t>
 void forward(const Conv2dGeometry& g, const scalar_t* input,
@@ -80,16 +97,15 @@ void forward(const Conv2dGeometry& g, const scalar_t* input,
     Scratch scratch(Scratch::size<sum_t>(phase_count) + Scratch::size<sum_t>(kOutputs * out_ld));
     sum_t* phases = scratch.take<sum_t>(phase_count);
     sum_t* out = scratch.take<sum_t>(kOutputs * out_ld);
-    std::vector<const sum_t*> terms;
+    GroupPhases<scalar_t, sum_t> planes(g, phases);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = tasks.image(task), group = tasks.group(task);
       const Interval rows = tasks.rows(task);
       const int64_t count = rows.end - rows.begin;
-      fill_group(g, layout, input + (n * g.C + group * Cg) * g.H * g.W, rows.begin, count, phases,
-                 terms);
+      planes.fill(input + (n * g.C + group * Cg) * g.H * g.W, rows.begin, count);
       for (int64_t o = group * Og; o < (group + 1) * Og; o += kOutputs) {
         const int64_t outputs = std::min(kOutputs, (group + 1) * Og - o);
-        compute(terms.data(), T, weight + o * T, bias == nullptr ? nullptr : bias + o, outputs,
+        compute(planes.terms(), T, weight + o * T, bias == nullptr ? nullptr : bias + o, outputs,
                 (count - 1) * layout.pitch + g.OW, out, out_ld);
         for (int64_t j = 0; j < outputs; ++j) {
           store(g, out + j * out_ld, count,
@@ -121,6 +137,12 @@ std::vector<PhaseCells> phase_cells(const Conv2dGeometry& g) {
     }
   }
   return result;
+}
+
+// How far in front of an element its gradient under a kernel cell lies.
+int64_t shift(const Conv2dGeometry& g, const PlaneLayout& layout, int64_t cell) {
+  const int64_t r = cell / g.S, s = cell % g.S;
+  return r * g.dilation_h / g.stride_h * layout.pitch + s * g.dilation_w / g.stride_w;
 }
 
 // The weights in the order of use: for each group and phase a (Cg, outputs and cells) matrix.
@@ -163,7 +185,15 @@ void grad_input(const Conv2dGeometry& g, const scalar_t* grad_output,
     Scratch scratch(Scratch::size<sum_t>(grad_count) + Scratch::size<sum_t>(kOutputs * out_ld));
     sum_t* planes = scratch.take<sum_t>(grad_count);
     sum_t* out = scratch.take<sum_t>(kOutputs * out_ld);
-    std::vector<const sum_t*> terms;
+    std::vector<std::vector<const sum_t*>> terms_of;
+    for (const PhaseCells& phase : phases) {
+      std::vector<const sum_t*> terms;
+      for (int64_t o = 0; o < Og; ++o) {
+        const sum_t* origin = planes + o * plane_size + layout.reach_w + layout.reach_h * pitch;
+        for (const int64_t cell : phase.cells) terms.push_back(origin - shift(g, layout, cell));
+      }
+      terms_of.push_back(std::move(terms));
+    }
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = tasks.image(task), group = tasks.group(task);
       const Interval rows = tasks.rows(task);
@@ -175,16 +205,9 @@ void grad_input(const Conv2dGeometry& g, const scalar_t* grad_output,
              count + layout.reach_h, plane + layout.reach_w);
       }
       const sum_t* w = weights.data() + group * Og * Cg * g.R * g.S;
-      for (const PhaseCells& phase : phases) {
-        terms.clear();
-        for (int64_t o = 0; o < Og; ++o) {
-          const sum_t* origin = planes + o * plane_size + layout.reach_w + layout.reach_h * pitch;
-          for (const int64_t cell : phase.cells) {
-            const int64_t r = cell / g.S, s = cell % g.S;
-            terms.push_back(origin - r * g.dilation_h / g.stride_h * pitch -
-                            s * g.dilation_w / g.stride_w);
-          }
-        }
+      for (size_t k = 0; k < phases.size(); ++k) {
+        const PhaseCells& phase = phases[k];
+        const std::vector<const sum_t*>& terms = terms_of[k];
         const int64_t T = static_cast<int64_t>(terms.size());
         for (int64_t c = 0; c < Cg; c += kOutputs) {
           const int64_t channels = std::min(kOutputs, Cg - c);
@@ -244,18 +267,18 @@ void grad_weight(const Conv2dGeometry& g, const scalar_t* grad_output, const sca
     Scratch scratch(Scratch::size<sum_t>(phase_count) + Scratch::size<sum_t>(grad_count));
     sum_t* phases = scratch.take<sum_t>(phase_count);
     sum_t* space = scratch.take<sum_t>(grad_count);
-    std::vector<const sum_t*> terms, grads;
+    GroupPhases<scalar_t, sum_t> planes(g, phases);
+    std::vector<const sum_t*> grads;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task % chunks, group = task / chunks;
       for (int64_t i = chunk * items / chunks; i < (chunk + 1) * items / chunks; ++i) {
         const int64_t n = i / blocks.count();
         const Interval rows = blocks[i % blocks.count()];
         const int64_t count = rows.end - rows.begin;
-        fill_group(g, layout, input + (n * g.C + group * Cg) * g.H * g.W, rows.begin, count, phases,
-                   terms);
+        planes.fill(input + (n * g.C + group * Cg) * g.H * g.W, rows.begin, count);
         const int64_t grad_pitch = gradient_rows(
             g, grad_output + (n * g.O + group * Og) * g.OH * g.OW, rows, space, grads);
-        compute(grads.data(), Og, grad_pitch, terms.data(), T, layout.pitch, count, g.OW,
+        compute(grads.data(), Og, grad_pitch, planes.terms(), T, layout.pitch, count, g.OW,
                 sum_data + (chunk * g.O + group * Og) * T);
       }
     }

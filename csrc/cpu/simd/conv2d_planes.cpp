@@ -141,23 +141,13 @@ void correlate_block(const T* const* a, int64_t a_pitch, const T* const* b, int6
   }
 }
 
-template <int J, class T>
-int64_t correlate_outputs(int64_t j, const T* const* a, int64_t outputs, int64_t a_pitch,
-                          const T* const* b, int64_t terms, int64_t b_pitch, int64_t rows,
-                          int64_t cols, double* sums) {
-  constexpr int B = kSums / J;
-  for (; j + J <= outputs; j += J) {
-    int64_t t = 0;
-    for (; t + B <= terms; t += B) {
-      correlate_block<J, B>(a + j, a_pitch, b + t, terms, b_pitch, rows, cols,
-                            sums + j * terms + t);
-    }
-    for (; t < terms; ++t) {
-      correlate_block<J, 1>(a + j, a_pitch, b + t, terms, b_pitch, rows, cols,
-                            sums + j * terms + t);
-    }
-  }
-  return j;
+// Terms t, t + B, ... as long as there are B of them.
+template <int J, int B, class T>
+int64_t correlate_terms(int64_t t, const T* const* a, int64_t a_pitch, const T* const* b,
+                        int64_t terms, int64_t b_pitch, int64_t rows, int64_t cols, double* sums) {
+  for (; t + B <= terms; t += B)
+    correlate_block<J, B>(a, a_pitch, b + t, terms, b_pitch, rows, cols, sums + t);
+  return t;
 }
 
 }  // namespace
@@ -212,8 +202,19 @@ template <int capability, class sum_t>
 void correlate(const sum_t* const* a, int64_t outputs, int64_t a_pitch, const sum_t* const* b,
                int64_t terms, int64_t b_pitch, int64_t rows, int64_t cols, double* sums) {
   int64_t j = 0;
-  j = correlate_outputs<4>(j, a, outputs, a_pitch, b, terms, b_pitch, rows, cols, sums);
-  correlate_outputs<1>(j, a, outputs, a_pitch, b, terms, b_pitch, rows, cols, sums);
+  for (; j + 4 <= outputs; j += 4) {
+    const int64_t t = correlate_terms<4, kSums / 4>(0, a + j, a_pitch, b, terms, b_pitch, rows,
+                                                    cols, sums + j * terms);
+    correlate_terms<4, 1>(t, a + j, a_pitch, b, terms, b_pitch, rows, cols, sums + j * terms);
+  }
+  // The sizes of kernels.
+  for (; j < outputs; ++j) {
+    int64_t t = 0;
+    t = correlate_terms<1, 9>(t, a + j, a_pitch, b, terms, b_pitch, rows, cols, sums + j * terms);
+    t = correlate_terms<1, 5>(t, a + j, a_pitch, b, terms, b_pitch, rows, cols, sums + j * terms);
+    t = correlate_terms<1, 3>(t, a + j, a_pitch, b, terms, b_pitch, rows, cols, sums + j * terms);
+    correlate_terms<1, 1>(t, a + j, a_pitch, b, terms, b_pitch, rows, cols, sums + j * terms);
+  }
 }
 
 template <int capability, class sum_t, class image_t>
