@@ -22,6 +22,10 @@ class Settings:
     compile: bool = False
     deterministic: bool = False
     limit: int | None = None  # train and test on at most so many images each
+    workers: int = 0  # processes that augment images
+    root: Path = Path("data")  # where data sets are
+    download: bool = False
+    tensorboard: bool = False
     resume: bool = False
     out: Path = Path("runs")
 
