@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import distributed, impl, networks, recipes, runs
+from . import data, distributed, impl, networks, recipes, runs
 from .errors import UsageError
 from .plots import learning_curves
 from .settings import Settings
@@ -84,10 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     try:
         recipe = recipes.load(options.pop("recipe"), overrides(options))
-        settings = Settings(**options)
-        if recipe.overfit:
-            overfit(recipe, settings)
-        train(recipe, settings)
+        train(Trainer(recipe, Settings(**options)))
     except UsageError as error:
         if distributed.is_first():  # all processes refuse the same
             parser.error(str(error))
@@ -101,37 +98,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(recipe: recipes.Recipe, settings: Settings) -> None:
-    trainer = Trainer(recipe, settings)
-    if trainer.processes.first:
+def train(trainer: Trainer) -> None:
+    first = trainer.processes.first
+    if first:
         announce(trainer)
+    if trainer.recipe.overfit and not trainer.settings.resume:
+        overfit(trainer)
     try:
         trainer.fit()
     except KeyboardInterrupt:
-        if trainer.processes.first:
+        if first:
             print(
                 f"\ninterrupted; {trainer.folder / 'last.pt'} holds the state after epoch "
                 f"{len(trainer.history)}: the same command with --resume continues from there",
                 file=sys.stderr,
             )
         raise
-    if trainer.processes.first:
+    if first:
         report(trainer)
 
 
-def overfit(recipe: recipes.Recipe, settings: Settings) -> None:
+def overfit(trainer: Trainer) -> None:
     """Whether the network can learn a few images by heart: if not, something is wrong with it."""
-    images, epochs, batch_size = (recipe.overfit[k] for k in ("images", "epochs", "batch_size"))
-    few = replace(recipe, epochs=epochs, batch_size=batch_size, augment=[], overfit={})
-    folder = runs.folder(recipe, settings) / "overfit"
-    trainer = Trainer(few, replace(settings, limit=images, resume=False), folder=folder)
-    accuracy = trainer.fit()[-1]["train_accuracy"]
+    images, epochs, batch_size = (trainer.recipe.overfit[k] for k in recipes.OVERFIT)
+    recipe = replace(trainer.recipe, epochs=epochs, batch_size=batch_size, augment=[], overfit={})
+    train = trainer.images.limited(images).train
+    few = data.Images(train, train, trainer.images.classes)
+    settings = replace(trainer.settings, tensorboard=False)
+    accuracy = Trainer(recipe, settings, few, trainer.folder / "overfit").fit()[-1]["test_accuracy"]
     if trainer.processes.first:
-        verdict = "as it should be" if accuracy == 1 else "which should be 1: is the rate right?"
-        print(f"overfitting {images} images: train accuracy {accuracy:.4f}, {verdict}")
-        learning_curves(
-            folder / "curves.png", f"{recipe.name}, {images} images", {"": trainer.history}
-        )
+        verdict = "as it should be" if accuracy == 1 else "which should be 1: try another --lr"
+        print(f"overfitting {len(train)} images: accuracy on them {accuracy:.4f}, {verdict}")
 
 
 def announce(trainer: Trainer) -> None:

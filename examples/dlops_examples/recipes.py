@@ -9,6 +9,7 @@ from typing import Any
 from .errors import UsageError
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+OVERFIT = ("images", "epochs", "batch_size")
 OPTIONAL = {"schedule", "augment", "normalize", "overfit"}
 
 
@@ -41,9 +42,8 @@ class Recipe:
             steps = getattr(self, key)
             if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
                 raise UsageError(f"recipe {self.name!r}: {key} must be a list of tables, [[{key}]]")
-        keys = {"images", "epochs", "batch_size"}
-        if self.overfit and (not isinstance(self.overfit, dict) or self.overfit.keys() != keys):
-            raise UsageError(f"recipe {self.name!r}: [overfit] takes images, epochs and batch_size")
+        if self.overfit and set(self.overfit) != set(OVERFIT):
+            raise UsageError(f"recipe {self.name!r}: [overfit] takes {', '.join(OVERFIT)}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,8 +56,8 @@ def names() -> list[str]:
 def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read recipes/<name>.toml, or the TOML file at path ``name``, and apply ``overrides``.
 
-    Overrides map dotted keys to values: ``{"optimizer.lr": 0.01}``. The recipe's own overrides for
-    data other than the digits, its table [real], come before them.
+    Overrides map dotted keys to values: ``{"optimizer.lr": 0.01}``. Where these name other
+    data than the digits, the recipe's table [real] is applied before them.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
@@ -69,11 +69,8 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: {error}") from None
     overrides, real = overrides or {}, tables.pop("real", {})
-    data = tables.get("data")
-    chosen = overrides.get("data.name", data.get("name") if isinstance(data, dict) else None)
-    for key, value in (dict(_flat(real)) if chosen != "digits" else {}).items():
-        _assign(tables, key, value)
-    for key, value in overrides.items():
+    on_digits = overrides.get("data.name", "digits") == "digits"
+    for key, value in [*([] if on_digits else _flat(real)), *overrides.items()]:
         _assign(tables, key, value)
     return _check(path.stem, tables)
 
