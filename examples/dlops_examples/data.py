@@ -1,6 +1,5 @@
 """Data sets by name, as images in memory."""
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import TensorDataset
+from torchvision.datasets import CIFAR10, MNIST
+from torchvision.datasets.utils import check_integrity
 
 from .errors import UsageError
 
@@ -51,8 +52,6 @@ def digits(size: int, channels: int, root: Path, download: bool) -> Images:
 
 def mnist(size: int, channels: int, root: Path, download: bool) -> Images:
     """60,000 and 10,000 handwritten digits of 28x28 pixels, from <root>/MNIST/raw."""
-    from torchvision.datasets import MNIST
-
     names = [Path(name).stem for name, _ in MNIST.resources]
     files = [(root / "MNIST" / "raw" / name, None) for name in names]
     return _torchvision(MNIST, files, size, channels, root, download)
@@ -60,8 +59,6 @@ def mnist(size: int, channels: int, root: Path, download: bool) -> Images:
 
 def cifar10(size: int, channels: int, root: Path, download: bool) -> Images:
     """50,000 and 10,000 photographs of 32x32 pixels, from <root>/cifar-10-batches-py."""
-    from torchvision.datasets import CIFAR10
-
     meta = (CIFAR10.meta["filename"], CIFAR10.meta["md5"])
     listed = [*CIFAR10.train_list, *CIFAR10.test_list, meta]
     files = [(root / CIFAR10.base_folder / name, md5) for name, md5 in listed]
@@ -113,28 +110,34 @@ def _torchvision(
     CIFAR-10's files are pickles. torchvision opens them only if their MD5 sums are right, which is
     what keeps a crafted one from running code.
     """
-    from torchvision.datasets.utils import check_integrity
-
-    def advice(problem: str) -> UsageError:
-        return UsageError(f"{problem}; --download fetches it, or --root names the folder it is in")
-
+    if download:
+        _download(dataset, root)
+    fix = f"--download fetches {dataset.__name__}, --root says where it is"
+    for path, md5 in files:
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: {fix}")
+        if not check_integrity(path, md5):
+            raise UsageError(f"{path} is damaged (its MD5 sum is not {md5}): delete it; {fix}")
     try:
-        if download:
-            for train in (True, False):
-                dataset(root, train=train, download=True)
-        for path, md5 in files:
-            if not path.is_file():
-                raise advice(f"{path} is missing")
-            if not check_integrity(path, md5):
-                raise advice(f"{path} is truncated or altered (its MD5 sum is wrong), delete it")
         splits = [dataset(root, train=train) for train in (True, False)]
         train, test = (_tensors(split, size, channels) for split in splits)
-    except (ValueError, AssertionError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torchvision raises half a dozen types for a damaged file
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise advice(
-            f"the {dataset.__name__} files in {root} are damaged ({reason}), delete them"
-        ) from None
+        where = files[0][0].parent
+        raise UsageError(f"the files in {where} are damaged ({reason}): delete it; {fix}") from None
     return Images(train, test, [str(name) for name in splits[0].classes])
+
+
+def _download(dataset: Any, root: Path) -> None:
+    """Fetch what is missing or damaged; with everything there, this needs no network."""
+    try:
+        dataset(root, download=True)
+    except Exception as error:
+        reason = str(error).replace("\n", " ")
+        raise UsageError(
+            f"{dataset.__name__} cannot be downloaded to {root} ({reason}): on a machine without "
+            "network, copy that folder from one with it"
+        ) from None
 
 
 def _tensors(split: Any, size: int, channels: int) -> TensorDataset:

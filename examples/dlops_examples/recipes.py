@@ -69,6 +69,8 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: {error}") from None
     overrides, real = overrides or {}, tables.pop("real", {})
+    if not isinstance(real, dict):
+        raise UsageError(f"recipe {path.stem!r}: [real] must be a table")
     on_digits = overrides.get("data.name", "digits") == "digits"
     for key, value in [*([] if on_digits else _flat(real)), *overrides.items()]:
         _assign(tables, key, value)
