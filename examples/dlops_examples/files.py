@@ -40,6 +40,6 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
         state["identity"]
     except Exception as error:  # torch.load raises a dozen types for a damaged file
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UsageError(f"{path} is no checkpoint of this trainer ({reason}): delete it") from None
     return state

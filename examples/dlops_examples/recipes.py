@@ -72,7 +72,9 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     if not isinstance(real, dict):
         raise UsageError(f"recipe {path.stem!r}: [real] must be a table")
     on_digits = overrides.get("data.name", "digits") == "digits"
-    for key, value in [*([] if on_digits else _flat(real)), *overrides.items()]:
+    # A name clears its table, so it comes before the arguments given with it.
+    given = sorted(overrides.items(), key=lambda item: not item[0].endswith(".name"))
+    for key, value in [*([] if on_digits else _flat(real)), *given]:
         _assign(tables, key, value)
     return _check(path.stem, tables)
 

@@ -123,7 +123,14 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         with progress_bar(count, f"epoch {epoch}/{self.recipe.epochs}", self.processes) as bar:
             start = time.perf_counter()
-            train_loss, train_accuracy = self._train(seed, bar)
+            try:
+                train_loss, train_accuracy = self._train(seed, bar)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise UsageError(
+                    "batch norm cannot train on the last batch, of 1 image: change --batch-size"
+                ) from None
             seconds = time.perf_counter() - start
             self.processes.share_buffers(self.model)
             tally = self._evaluate(self.images.test)
