@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import example_runs
+import example_runs  # noqa: F401  (puts the examples on the path)
 import pytest
 import torch
 from dlops_examples import impl, networks, recipes
@@ -177,10 +177,3 @@ def test_recipe_file(tmp_path: Path) -> None:
         load("epoch = 3\n" + text)
     with pytest.raises(UsageError, match=r"\[real\] must be a table"):
         load("real = 3\n" + text)
-
-
-@pytest.mark.parametrize("name", [n for n in recipes.names() if n != "digits_cnn"])
-def test_every_recipe_trains(name: str, tmp_path: Path) -> None:
-    run = example_runs.train(tmp_path, "--recipe", name, "--limit", "48", "--epochs", "1")
-    (row,) = example_runs.history(run)
-    assert 0 < row["train_loss"] < 30

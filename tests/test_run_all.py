@@ -1,0 +1,83 @@
+"""examples/run_all.py: every experiment, shortened, and how results are published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import example_runs
+import pytest
+import run_all  # type: ignore[import-not-found]  # beside the trainer
+import torch
+from dlops_examples import experiments, recipes
+
+pytestmark = pytest.mark.example
+
+
+def test_every_experiment_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert run_all.main(["--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {*recipes.names(), *run_all.STUDIES}
+    assert set(run_all.RECIPES) == set(recipes.names())
+    for name in recipes.names():
+        (row,) = example_runs.history(tmp_path / f"{name}-dlops")
+        assert 0 < row["train_loss"] < 30
+        assert f"| {row['test_accuracy']:.4f} |" in results[name]["row"]
+    for result in results.values():
+        assert result["pictures"]
+        for picture in result["pictures"].values():
+            assert (tmp_path / picture).stat().st_size < 100_000
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+
+
+def test_failed_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The others run all the same; the exit code and the last line say what failed."""
+    run = experiments.Runner(tmp_path, quick=True, threads=1, timed=True)
+    assert run._run("good", lambda: 0) is not None
+    assert run._run("bad", lambda: 1) is None
+    assert run._run("worse", lambda: int("x")) is None
+    run.save("")
+    assert run.failed == ["bad", "worse"]
+    assert capsys.readouterr().out.endswith("failed: bad, worse\n")
+    with pytest.raises(KeyboardInterrupt):
+        run._run("interrupted", lambda: 130)
+
+
+def test_publishing(tmp_path: Path) -> None:
+    """Tables go to their places in README.md, pictures beside it; other runs' results stay."""
+    out, examples = tmp_path / "out", tmp_path / "examples"
+    for folder in (out, examples):
+        folder.mkdir()
+    (out / "a.png").write_bytes(b"picture")
+    place = "before\n<!-- results: a b -->\nold\n<!-- end of results -->\nafter\n"
+    (examples / "README.md").write_text(place)
+
+    def result(name: str, accuracy: str) -> dict[str, dict[str, object]]:
+        pictures = {"a.png": "a.png"} if name == "a" else {}
+        row = f"| `{name}` | {accuracy} |\n"
+        return {name: {"row": row, "pictures": pictures, "measured": f"machine {name}"}}
+
+    experiments.publish(result("a", "0.5") | result("b", "0.6"), out, examples)
+    experiments.publish(result("b", "0.7"), out, examples)
+    text = (examples / "README.md").read_text()
+    assert text.startswith("before\n<!-- results: a b -->\n| recipe |")
+    assert text.endswith("<!-- end of results -->\nafter\n")
+    assert "| `a` | 0.5 |\n| `b` | 0.7 |\n" in text
+    assert "Run with machine a.\n\nRun with machine b.\n" in text
+    assert "old" not in text
+    assert (examples / "results" / "a.png").read_bytes() == b"picture"
+
+
+def test_published_tables_are_those_of_the_results(tmp_path: Path) -> None:
+    """Nobody typed into README.md: rendering it from results.json changes nothing."""
+    readme = example_runs.EXAMPLES / "README.md"
+    shutil.copyfile(readme, tmp_path / "README.md")
+    shutil.copytree(example_runs.EXAMPLES / "results", tmp_path / "results")
+    experiments.publish({}, tmp_path, tmp_path)
+    assert (tmp_path / "README.md").read_text() == readme.read_text()
+    assert "<!-- results: " in readme.read_text()
