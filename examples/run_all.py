@@ -28,9 +28,10 @@ RECIPES = {
     "mnist_cnn": "0.9855 on MNIST (best 0.9895)",
     "resnet32": "-",
 }
-# Scripts beside this one, each with main(arguments) -> exit code, --out, --threads and --quick. One
-# writes results.md, its table, and pictures into <out>/<name>/.
-STUDIES: list[str] = []
+# Modules of dlops_examples.studies, and what makes each a matter of seconds with --quick. One has
+# main(arguments) -> exit code with --out and --threads; it writes results.md, its table, and
+# pictures into <out>/<name>/.
+STUDIES: dict[str, list[str]] = {}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name in RECIPES:
             run.recipe(name, RECIPES[name])
         else:
-            run.study(name)
+            run.study(name, STUDIES[name])
     run.save(options.machine)
     if options.publish:
         experiments.publish(run.results, options.out, Path(__file__).parent)

@@ -54,11 +54,11 @@ class Runner:
         row = f"| {' | '.join(cells)} |\n"
         self.results[name] = {"row": row, "pictures": {f"{name}.png": f"{name}-dlops/curves.png"}}
 
-    def study(self, name: str) -> None:
-        """Run the script of that name; its table is what it wrote into results.md."""
-        quick = ["--quick"] if self.quick else []
-        arguments = [*quick, *self.threads, "--out", str(self.out)]
-        seconds = self._run(name, lambda: importlib.import_module(name).main(arguments))
+    def study(self, name: str, quick: list[str]) -> None:
+        """Run the study of that name; its table is what it wrote into results.md."""
+        module = importlib.import_module(f"{__package__}.studies.{name}")
+        arguments = [*(quick if self.quick else []), *self.threads, "--out", str(self.out)]
+        seconds = self._run(name, lambda: module.main(arguments))
         if seconds is None:
             return
         folder = self.out / name

@@ -59,6 +59,7 @@ class Trainer:
         self.schedule = recipe.schedule and from_torch(
             torch.optim.lr_scheduler, recipe.schedule, "schedule", self.optimizer
         )
+        self.leave_bars = True  # on the screen, when their epoch is over
         self.history: History = []
         self.confusion = torch.zeros(0)  # (label, prediction) of the test images, after each epoch
 
@@ -121,7 +122,8 @@ class Trainer:
         torch.manual_seed(seed + 1_000_000_007 * self.processes.rank)  # dropout differs by process
         count = len(self.images.train)
         lr = self.optimizer.param_groups[0]["lr"]
-        with progress_bar(count, f"epoch {epoch}/{self.recipe.epochs}", self.processes) as bar:
+        title = f"epoch {epoch}/{self.recipe.epochs}"
+        with progress_bar(count, title, self.processes, self.leave_bars) as bar:
             start = time.perf_counter()
             try:
                 train_loss, train_accuracy = self._train(seed, bar)
@@ -248,11 +250,17 @@ def from_torch(namespace: Any, table: dict[str, Any], key: str, *arguments: Any)
         raise UsageError(f"[{key}] {table['name']}: {error}") from None
 
 
-def progress_bar(total: int, description: str, processes: Processes) -> Any:
-    # A log file gets few lines, a terminal a live bar.
-    interval = 0.1 if sys.stderr.isatty() else 30
-    hidden = not processes.first
-    return tqdm(total=total, desc=description, unit=" images", mininterval=interval, disable=hidden)
+def progress_bar(total: int, title: str, processes: Processes, leave: bool = True) -> Any:
+    """A bar of images; one that does not stay when it is full is shown on a terminal only."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=title,
+        unit=" images",
+        mininterval=0.1 if live else 30,  # a log file gets few lines
+        leave=leave,
+        disable=not processes.first or not (live or leave),
+    )
 
 
 def _postfix(loss: float, accuracy: float, test_accuracy: float | None = None) -> str:
