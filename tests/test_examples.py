@@ -182,10 +182,9 @@ def test_overfitting_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_batch_of_one_image_with_batch_norm(tmp_path: Path) -> None:
-    overrides = {"network.divide": 16, "batch_size": 3}
-    settings = Settings(limit=4, out=tmp_path)
+    recipe, settings = recipes.load("deep_bn", {"batch_size": 3}), Settings(limit=4, out=tmp_path)
     with pytest.raises(UsageError, match="last batch, of 1 image: change --batch-size"):
-        trainer.Trainer(recipes.load("deep_bn", overrides), settings).fit()
+        trainer.Trainer(recipe, settings).fit()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .errors import UsageError
+
 
 def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -31,7 +33,10 @@ class Processes:
         if not started_by_torchrun():
             return
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local >= devices:
+                raise UsageError(f"torchrun started more processes than the {devices} CUDA devices")
+            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         if not distributed.is_initialized():
             distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")

@@ -14,12 +14,9 @@ PAIRS = (
 )
 
 
-def deep_bn(channels: int, size: int, classes: int, divide: int = 1) -> nn.Sequential:
-    """7x7 convolution and max-pool 3/2, five pairs of 3x3 conv/BN/LeakyReLU, average pool, linear.
-
-    ``divide`` makes every layer so many times narrower.
-    """
-    inputs = 32 // divide
+def deep_bn(channels: int, size: int, classes: int) -> nn.Sequential:
+    """7x7 convolution, max-pool 3/2, five pairs of 3x3 conv/BN/LeakyReLU, average pool, linear."""
+    inputs = 32
     layers: list[nn.Module] = [
         nn.Conv2d(channels, inputs, 7, padding=3),
         nn.LeakyReLU(),
@@ -27,7 +24,7 @@ def deep_bn(channels: int, size: int, classes: int, divide: int = 1) -> nn.Seque
     ]
     for pair in PAIRS:
         for width, stride in pair:
-            layers += [*conv_bn(inputs, width // divide, stride=stride), nn.LeakyReLU()]
-            inputs = width // divide
+            layers += [*conv_bn(inputs, width, stride=stride), nn.LeakyReLU()]
+            inputs = width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
     return nn.Sequential(*layers)
