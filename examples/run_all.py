@@ -3,6 +3,7 @@
 python examples/run_all.py                 # all of them, into runs/experiments
 python examples/run_all.py --only scratch vanilla
 python examples/run_all.py --publish       # and put tables and pictures into this folder
+python examples/run_all.py --only --publish    # those of earlier runs
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run_all.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     names = [*RECIPES, *STUDIES]
-    add("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--only", nargs="*", default=names, metavar="NAME", help=f"of {', '.join(names)}")
     add("--quick", action="store_true", help="seconds for each: to see that it runs")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add("--out", type=Path, default=Path("runs/experiments"))
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--untimed", action="store_true", help="leave the time out: the machine is busy")
     add("--machine", default="", help='what the times were measured on: "an AMD EPYC (Zen 5)"')
     options = parser.parse_args(arguments)
+    if unknown := sorted(set(options.only) - set(names)):
+        parser.error(f"no experiment {', '.join(unknown)}; known: {', '.join(names)}")
 
     run = experiments.Runner(options.out, options.quick, options.threads, not options.untimed)
     for name in options.only:
@@ -55,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.study(name, STUDIES[name])
     run.save(options.machine)
     if options.publish:
-        experiments.publish(run.results, options.out, Path(__file__).parent)
+        experiments.publish(options.out, Path(__file__).parent)
     return 1 if run.failed else 0
 
 

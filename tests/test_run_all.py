@@ -50,19 +50,26 @@ def test_failed_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_publishing(tmp_path: Path) -> None:
     """Tables go to their places in README.md, pictures beside it; other runs' results stay."""
     out, examples = tmp_path / "out", tmp_path / "examples"
-    for folder in (out, examples):
-        folder.mkdir()
+    (examples / "results").mkdir(parents=True)
+    out.mkdir()
     (out / "a.png").write_bytes(b"picture")
     place = "before\n<!-- results: a b -->\nold\n<!-- end of results -->\nafter\n"
     (examples / "README.md").write_text(place)
 
-    def result(name: str, accuracy: str) -> dict[str, dict[str, object]]:
-        pictures = {"a.png": "a.png"} if name == "a" else {}
-        row = f"| `{name}` | {accuracy} |\n"
-        return {name: {"row": row, "pictures": pictures, "measured": f"machine {name}"}}
+    def publish(**accuracies: str) -> None:
+        results = {
+            name: {
+                "row": f"| `{name}` | {accuracy} |\n",
+                "pictures": {"a.png": "a.png"} if name == "a" else {},
+                "measured": f"machine {name}",
+            }
+            for name, accuracy in accuracies.items()
+        }
+        (out / "results.json").write_text(json.dumps(results))
+        experiments.publish(out, examples)
 
-    experiments.publish(result("a", "0.5") | result("b", "0.6"), out, examples)
-    experiments.publish(result("b", "0.7"), out, examples)
+    publish(a="0.5", b="0.6")
+    publish(b="0.7")
     text = (examples / "README.md").read_text()
     assert text.startswith("before\n<!-- results: a b -->\n| recipe |")
     assert text.endswith("<!-- end of results -->\nafter\n")
@@ -77,6 +84,6 @@ def test_published_tables_are_those_of_the_results(tmp_path: Path) -> None:
     readme = example_runs.EXAMPLES / "README.md"
     shutil.copyfile(readme, tmp_path / "README.md")
     shutil.copytree(example_runs.EXAMPLES / "results", tmp_path / "results")
-    experiments.publish({}, tmp_path, tmp_path)
+    experiments.publish(tmp_path / "nothing", tmp_path)
     assert (tmp_path / "README.md").read_text() == readme.read_text()
     assert "<!-- results: " in readme.read_text()

@@ -90,14 +90,21 @@ class Runner:
         return f"{seconds:.0f} s" if self.timed else "not timed yet"
 
     def save(self, machine: str) -> None:
-        """Write results.json and results.md with every table, and print where."""
+        """Add to results.json and results.md in ``out``, and print every table."""
         for result in self.results.values():
             result["measured"] = measured(machine)
-        files.save_json(self.out / "results.json", self.results)
-        files.save_text(self.out / "results.md", tables(self.results, list(self.results)))
-        print(f"\n{tables(self.results, list(self.results))}\nalso in {self.out / 'results.md'}")
+        results = load(self.out) | self.results
+        text = tables(results, list(results))
+        files.save_json(self.out / "results.json", results)
+        files.save_text(self.out / "results.md", text)
+        print(f"\n{text}\nalso in {self.out / 'results.md'}")
         if self.failed:
             print(f"failed: {', '.join(self.failed)}")
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def measured(machine: str) -> str:
@@ -125,19 +132,17 @@ def tables(results: dict[str, dict[str, Any]], names: list[str]) -> str:
     return "\n".join(parts)
 
 
-def publish(results: dict[str, dict[str, Any]], out: Path, examples: Path) -> None:
-    """Copy pictures and results into results/, beside those of other runs, and render README.md."""
-    folder = examples / "results"
-    folder.mkdir(exist_ok=True)
-    everything = folder / "results.json"
-    known = json.loads(everything.read_text()) if everything.is_file() else {}
-    known |= results
+def publish(out: Path, examples: Path) -> None:
+    """Copy the results in ``out`` into results/, over earlier ones, and render README.md."""
+    results, folder = load(out), examples / "results"
     for result in results.values():
         for name, source in result["pictures"].items():
             shutil.copyfile(out / source, folder / name)
-    files.save_json(everything, known)
+    everything = load(folder) | results
+    files.save_json(folder / "results.json", everything)
     readme = examples / "README.md"
     text = PLACE.sub(
-        lambda place: f"{place[1]}{tables(known, place[2].split())}{place[3]}", readme.read_text()
+        lambda place: f"{place[1]}{tables(everything, place[2].split())}{place[3]}",
+        readme.read_text(),
     )
     files.save_text(readme, text)
