@@ -14,7 +14,7 @@ import example_runs
 import numpy as np
 import pytest
 import torch
-from dlops_examples import batches, data
+from dlops_examples import batches, builders, data
 from dlops_examples.errors import UsageError
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, MNIST
@@ -207,7 +207,7 @@ SPLIT = TensorDataset(torch.arange(20 * 64.0).reshape(20, 1, 8, 8) / 1280, torch
 def epoch(
     seed: int, batch_size: int, rank: int = 0, processes: int = 1, workers: int = 0
 ) -> list[batches.Part]:
-    dataset = batches.Augmented(SPLIT, batches.transforms(AUGMENT, "augment"), None, seed)
+    dataset = batches.Augmented(SPLIT, builders.transforms(AUGMENT, "augment"), None, seed)
     order = batches.order(len(SPLIT), batch_size, seed)
     return list(batches.parts(dataset, order, rank, processes, workers))
 
@@ -244,7 +244,7 @@ def test_parts_of_a_batch() -> None:
 
 def test_normalisation_is_for_test_images_too() -> None:
     step = {"name": "Normalize", "mean": [0.5], "std": [0.25]}
-    dataset = batches.Augmented(SPLIT, None, batches.transforms([step], "normalize"), 0)
+    dataset = batches.Augmented(SPLIT, None, builders.transforms([step], "normalize"), 0)
     (part,) = batches.parts(dataset, batches.order(20, 20, None))
     torch.testing.assert_close(part.images, (SPLIT.tensors[0] - 0.5) / 0.25)
 
@@ -252,13 +252,13 @@ def test_normalisation_is_for_test_images_too() -> None:
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"name": "RandomCropp"}, "has no transform 'RandomCropp'"),
-        ({"name": "functional"}, "has no transform 'functional'"),
-        ({}, "has no transform None"),
+        ({"name": "RandomCropp"}, "has no class 'RandomCropp'"),
+        ({"name": "functional"}, "has no class 'functional'"),
+        ({}, "has no class 'None'"),
         ({"name": "RandomHorizontalFlip", "p": 2}, "RandomHorizontalFlip: "),
         ({"name": "RandomCrop", "area": 2}, "RandomCrop: .*area"),
     ],
 )
 def test_bad_transforms(step: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        batches.transforms([step], "augment")
+        builders.transforms([step], "augment")

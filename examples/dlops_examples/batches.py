@@ -7,27 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .errors import UsageError
-
-
-def transforms(table: list[dict[str, Any]], key: str) -> nn.Module | None:
-    """Classes of torchvision.transforms.v2 from a recipe's list, applied in that order."""
-    from torchvision.transforms import v2
-
-    steps = []
-    for entry in table:
-        arguments = {k: v for k, v in entry.items() if k != "name"}
-        kind = getattr(v2, str(entry.get("name")), None)
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise UsageError(
-                f"[[{key}]] torchvision.transforms.v2 has no transform {entry.get('name')!r}"
-            )
-        try:
-            steps.append(kind(**arguments))
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"[[{key}]] {entry['name']}: {error}") from None
-    return nn.Sequential(*steps) if steps else None
-
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """``split`` with random ``augment`` on each image and then ``normalize`` on the batch.

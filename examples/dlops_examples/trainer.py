@@ -1,7 +1,6 @@
 """The training loop: epochs, metrics, checkpoints and resuming."""
 
 import math
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from . import batches, data, files, impl, logs, networks, runs
+from . import batches, builders, data, files, impl, logs, networks, progress, runs
 from .distributed import Processes
 from .errors import UsageError
 from .logs import History
@@ -47,16 +45,16 @@ class Trainer:
         self.images = images or self._load_images()
         if settings.limit:
             self.images = self.images.limited(settings.limit)
-        self.augment = batches.transforms(recipe.augment, "augment")
-        self.normalize = batches.transforms(recipe.normalize, "normalize")
+        self.augment = builders.transforms(recipe.augment, "augment")
+        self.normalize = builders.transforms(recipe.normalize, "normalize")
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         self._build_model()
         counts = self.images.train.tensors[1].bincount(minlength=len(self.images.classes))
         self.loss = impl.build_loss(settings.impl, counts.tolist(), self.device, **recipe.loss)
-        self.optimizer = from_torch(
+        self.optimizer = builders.build(
             torch.optim, recipe.optimizer, "optimizer", self.model.parameters()
         )
-        self.schedule = recipe.schedule and from_torch(
+        self.schedule = recipe.schedule and builders.build(
             torch.optim.lr_scheduler, recipe.schedule, "schedule", self.optimizer
         )
         self.leave_bars = True  # on the screen, when their epoch is over
@@ -123,7 +121,7 @@ class Trainer:
         count = len(self.images.train)
         lr = self.optimizer.param_groups[0]["lr"]
         title = f"epoch {epoch}/{self.recipe.epochs}"
-        with progress_bar(count, title, self.processes, self.leave_bars) as bar:
+        with progress.bar(count, title, self.processes.first, self.leave_bars) as bar:
             start = time.perf_counter()
             try:
                 train_loss, train_accuracy = self._train(seed, bar)
@@ -137,7 +135,7 @@ class Trainer:
             self.processes.share_buffers(self.model)
             tally = self._evaluate(self.images.test)
             test_loss, test_accuracy = tally.mean()
-            bar.set_postfix_str(_postfix(train_loss, train_accuracy, test_accuracy), refresh=False)
+            progress.describe(bar, train_loss, train_accuracy, test_accuracy)
         if not math.isfinite(train_loss):
             raise UsageError(f"the loss became {train_loss} in epoch {epoch}: try a smaller --lr")
         if self.schedule:
@@ -169,7 +167,7 @@ class Trainer:
             tally.add(losses, logits, labels)
             bar.update(part.size)
             if step % 10 == 0 and not bar.disable:
-                bar.set_postfix_str(_postfix(*tally.mean()), refresh=False)
+                progress.describe(bar, *tally.mean())
         return tally.reduce(self.processes).mean()
 
     @torch.no_grad()
@@ -237,32 +235,3 @@ class Trainer:
             "best_test_accuracy": self.best["test_accuracy"] if self.history else None,
             "confusion": self.confusion.tolist(),
         }
-
-
-def from_torch(namespace: Any, table: dict[str, Any], key: str, *arguments: Any) -> Any:
-    """A class of torch.optim or torch.optim.lr_scheduler, built from a recipe's table."""
-    builder = getattr(namespace, table["name"], None)
-    if not isinstance(builder, type):
-        raise UsageError(f"[{key}] {namespace.__name__} has no class {table['name']!r}")
-    try:
-        return builder(*arguments, **{k: v for k, v in table.items() if k != "name"})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"[{key}] {table['name']}: {error}") from None
-
-
-def progress_bar(total: int, title: str, processes: Processes, leave: bool = True) -> Any:
-    """A bar of images; one that does not stay when it is full is shown on a terminal only."""
-    live = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=title,
-        unit=" images",
-        mininterval=0.1 if live else 30,  # a log file gets few lines
-        leave=leave,
-        disable=not processes.first or not (live or leave),
-    )
-
-
-def _postfix(loss: float, accuracy: float, test_accuracy: float | None = None) -> str:
-    test = "" if test_accuracy is None else f", test {test_accuracy:.4f}"
-    return f"loss {loss:.4f}, accuracy {accuracy:.4f}{test}"
