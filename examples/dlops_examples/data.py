@@ -1,6 +1,6 @@
 """Data sets by name, as images in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def resized(images: Tensor, size: int, channels: int) -> Tensor:
 
 def _torchvision(
     dataset: Any,
-    files: list[tuple[Path, str | None]],
+    files: Sequence[tuple[Path, str | None]],
     size: int,
     channels: int,
     root: Path,

@@ -19,8 +19,6 @@ def bar(images: int, title: str, shown: bool, leave: bool) -> Any:
     )
 
 
-def describe(
-    progress: Any, loss: float, accuracy: float, test_accuracy: float | None = None
-) -> None:
+def describe(bar: Any, loss: float, accuracy: float, test_accuracy: float | None = None) -> None:
     test = "" if test_accuracy is None else f", test {test_accuracy:.4f}"
     bar.set_postfix_str(f"loss {loss:.4f}, accuracy {accuracy:.4f}{test}", refresh=False)

@@ -76,7 +76,9 @@ class Trainer:
         model = self.processes.synchronised(impl.place(model, self.settings.impl))
         self.model = model.to(self.device, memory_format=self.layout)  # type: ignore[call-overload]
         # The same model twice: as it is for evaluation, wrapped for training on several processes.
-        self.infer = torch.compile(self.model) if self.settings.compile else self.model
+        self.infer: Any = self.model
+        if self.settings.compile:
+            self.infer = torch.compile(self.model)
         self.forward = self.processes.parallel(self.infer)
 
     def fit(self) -> History:
