@@ -103,6 +103,11 @@ def test_other_implementation(both: Path) -> None:
     _, history, missing = other(("optimizer.lr", 0.5))
     assert history == []
     assert "optimizer.lr was 0.001, now 0.5" in missing
+    path = both / "digits_cnn-torch" / "metrics.json"
+    content = path.read_text()
+    path.write_text("{}")
+    assert other()[2] == f"{path} is not of this trainer"
+    path.write_text(content)
 
 
 def test_interrupted_and_resumed(

@@ -14,7 +14,7 @@ import example_runs
 import numpy as np
 import pytest
 import torch
-from dlops_examples import batches, builders, data
+from dlops_examples import batches, builders, data, recipes
 from dlops_examples.errors import UsageError
 from torch.utils.data import TensorDataset
 from torchvision.datasets import CIFAR10, MNIST
@@ -94,23 +94,29 @@ def test_cifar10_files(cifar10: Path) -> None:
     assert grey.shape == (10, 1, 28, 28)
 
 
-def test_training_on_mnist(mnist: Path) -> None:
-    run = example_runs.train(
-        mnist, "--recipe", "mnist_cnn", "--data", "mnist", "--root", str(mnist), "--epochs", "1"
-    )
-    metrics = example_runs.metrics(run)
+@pytest.mark.parametrize("recipe", ["digits_cnn", "mnist_cnn"])
+def test_training_on_mnist(mnist: Path, recipe: str) -> None:
+    options = ("--data", "mnist", "--root", str(mnist), "--epochs", "1")
+    metrics = example_runs.metrics(example_runs.train(mnist, "--recipe", recipe, *options))
     assert metrics["identity"]["recipe"]["data"] == {"name": "mnist", "size": 28, "channels": 1}
     assert sum(map(sum, metrics["confusion"])) == 20
 
 
-def test_training_on_cifar10(cifar10: Path) -> None:
+CIFAR10_RECIPES = ["scratch", "vanilla", "lenet_alexnet", "deep_bn", "two_block", "adam_cnn"]
+
+
+@pytest.mark.parametrize("recipe", [*CIFAR10_RECIPES, "resnet32"])
+def test_training_on_cifar10(cifar10: Path, recipe: str) -> None:
     """With the published schedule and augmentation, which a recipe keeps for real data."""
-    options = ("--data", "cifar10", "--root", str(cifar10), "--epochs", "1", "--set")
-    run = example_runs.train(cifar10, "--recipe", "resnet32", *options, "network.blocks=1")
-    recipe = example_runs.metrics(run)["identity"]["recipe"]
-    assert [step["name"] for step in recipe["augment"]] == ["RandomCrop", "RandomHorizontalFlip"]
-    assert recipe["schedule"]["milestones"] == [80, 120]
-    assert sum(map(sum, example_runs.metrics(run)["confusion"])) == 10
+    options = ("--data", "cifar10", "--root", str(cifar10), "--epochs", "1")
+    metrics = example_runs.metrics(example_runs.train(cifar10, "--recipe", recipe, *options))
+    trained, expected = (
+        metrics["identity"]["recipe"],
+        recipes.load(recipe, {"data.name": "cifar10"}),
+    )
+    for key in ("batch_size", "network", "optimizer", "schedule", "augment"):
+        assert trained[key] == getattr(expected, key)
+    assert sum(map(sum, metrics["confusion"])) == 10
 
 
 def test_mnist_files_that_are_wrong(mnist: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,6 +159,8 @@ def test_real_data_brings_the_published_schedule() -> None:
     assert recipe.optimizer["lr"] == 0.05
     assert recipe.schedule == {"name": "MultiStepLR", "milestones": [42, 56]}
     assert recipes.load("lenet_alexnet").schedule["milestones"] != [42, 56]
+    augment = recipes.load("resnet32", {"data.name": "cifar10"}).augment
+    assert [step["name"] for step in augment] == ["RandomCrop", "RandomHorizontalFlip"]
     exponential = recipes.load("adam_cnn", {"data.name": "cifar10"}).schedule
     assert exponential == {"name": "ExponentialLR", "gamma": 0.99844}
 

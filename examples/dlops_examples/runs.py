@@ -39,8 +39,12 @@ def other_history(recipe: Recipe, settings: Settings) -> tuple[str, History, str
     path = folder(recipe, settings, other) / "metrics.json"
     if not path.is_file():
         return other, [], f"no {path}"
-    metrics = json.loads(path.read_text())
-    if differing := differences(metrics["identity"], identity(recipe, settings)):
+    try:
+        metrics = json.loads(path.read_text())
+        differing = differences(metrics["identity"], identity(recipe, settings))
+    except (ValueError, KeyError, TypeError):
+        return other, [], f"{path} is not of this trainer"
+    if differing:
         return other, [], f"{path} was trained otherwise: {differing}"
     return other, metrics["history"], ""
 
