@@ -16,7 +16,7 @@ CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 BUILD_FILES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help env build train test bench lint format wheel-test cuda-compile clean
+.PHONY: help env build train experiments test bench lint format wheel-test cuda-compile clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,9 @@ build: $(VENV)/.built ## build dlops and install it, editable
 
 train: build ## train the default network on dlops' layers
 	$(PY) examples/train.py $(ARGS)
+
+experiments: build ## run every experiment on its defaults (half an hour on two cores)
+	$(PY) examples/run_all.py $(ARGS)
 
 test: build ## run the test suite
 	$(PY) -m pytest $(ARGS)
