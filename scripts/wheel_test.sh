@@ -26,7 +26,7 @@ site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("p
 away=$(mktemp -d)
 trap 'rm -rf "$away"' EXIT
 # shellcheck disable=SC2086
-cp -r tests pyproject.toml ${BESIDE:-} "$away"
+cp -r tests docs pyproject.toml ${BESIDE:-} "$away"
 cd "$away"
 "$work/venv/bin/python" - "$site" <<'PY'
 import sys
