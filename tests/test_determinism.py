@@ -156,6 +156,15 @@ def test_an_image_does_not_see_its_neighbours(op: Op, dtype: torch.dtype, layout
     check_samples_do_not_see_each_other(op, x, dtype)
 
 
+@parametrize("layout", FORMATS)
+@parametrize("op", CONV2D, ids=ids)
+def test_an_image_does_not_see_its_neighbours_without_onednn(op: Op, layout: str) -> None:
+    """The float32 product of CPUs that oneDNN has no micro-kernel for."""
+    x = normal(op.input, 1).float().contiguous(memory_format=FORMATS[layout])
+    with torch.backends.mkldnn.flags(enabled=False):
+        check_samples_do_not_see_each_other(op, x, torch.float32)
+
+
 @parametrize("dtype", DTYPES, ids=ids)
 @parametrize("op", OTHERS, ids=ids)
 def test_a_row_does_not_see_its_neighbours(op: Op, dtype: torch.dtype) -> None:
