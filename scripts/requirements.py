@@ -1,8 +1,10 @@
 """Prints pyproject.toml's requirements for `pip install -r`: build tools, dependencies, and extras.
 
-python scripts/requirements.py examples test
+python scripts/requirements.py examples test            # within their bounds
+python scripts/requirements.py --oldest examples test   # each at its lower bound
 """
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -18,5 +20,12 @@ def requirements(extras: list[str]) -> list[str]:
     return list(dict.fromkeys(line for some in lists for line in some))
 
 
+def oldest(requirement: str) -> str:
+    """The patch releases of the lower bound: "numpy>=1.26,<3" gives "numpy==1.26.*"."""
+    name, version = re.match(r"([\w-]+)>=([\d.]+)", requirement).groups()
+    return f"{name}=={version if '.' in version else version + '.0'}.*"
+
+
 if __name__ == "__main__":
-    print("\n".join(requirements(sys.argv[1:])))
+    lines = requirements([word for word in sys.argv[1:] if word != "--oldest"])
+    print("\n".join(map(oldest, lines) if "--oldest" in sys.argv else lines))

@@ -5,7 +5,8 @@
 #   scripts/wheel_test.sh [python [pytest arguments...]]
 #
 # The new environment borrows torch and the test tools from the given Python's, so that gigabytes are
-# not installed twice; dlops itself comes from the wheel alone.
+# not installed twice; dlops itself comes from the wheel alone. BESIDE="folders..." are copied with the
+# tests, so that those which need them run too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
@@ -24,7 +25,8 @@ site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("p
 
 away=$(mktemp -d)
 trap 'rm -rf "$away"' EXIT
-cp -r tests pyproject.toml "$away"
+# shellcheck disable=SC2086
+cp -r tests docs pyproject.toml ${BESIDE:-} "$away"
 cd "$away"
 "$work/venv/bin/python" - "$site" <<'PY'
 import sys

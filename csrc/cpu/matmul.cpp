@@ -11,6 +11,9 @@
 
 #include <type_traits>
 
+#include "cpu/capability.h"
+#include "cpu/simd/matmul.h"
+
 namespace dlops::cpu {
 namespace {
 
@@ -50,12 +53,16 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
     }
   }
 #endif
-  at::AutoDispatchBelowAutograd below_autograd;
-  at::Tensor product = matrix(c, m, n, ldc);
-  if (accumulate) {
-    product.addmm_(matrix(a, m, k, lda), matrix(b, k, n, ldb));
+  if constexpr (std::is_floating_point_v<scalar_t>) {
+    DLOPS_SIMD(matmul_in_order, scalar_t)(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   } else {
-    at::mm_out(product, matrix(a, m, k, lda), matrix(b, k, n, ldb));
+    at::AutoDispatchBelowAutograd below_autograd;
+    at::Tensor product = matrix(c, m, n, ldc);
+    if (accumulate) {
+      product.addmm_(matrix(a, m, k, lda), matrix(b, k, n, ldb));
+    } else {
+      at::mm_out(product, matrix(a, m, k, lda), matrix(b, k, n, ldb));
+    }
   }
 }
 

@@ -13,6 +13,9 @@ from torch.autograd import forward_ad
 NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 
+# Asked once: torch 2.11's compiler cannot trace the question.
+AUTOCAST_DEVICES = {name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name)}
+
 
 def pair(value: int | Sequence[int], name: str, op: str) -> list[int]:
     """``value`` as [height, width]; an int or a single value stands for both."""
@@ -53,7 +56,7 @@ def autocast(policy: str, *tensors: Any) -> tuple[Any, ...]:
     """
     lead = next(t for t in tensors if t is not None)
     device = lead.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device) if policy == "lower_precision" else torch.float32
     return tuple(
