@@ -50,13 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := sorted(set(options.only) - set(names)):
         parser.error(f"no experiment {', '.join(unknown)}; known: {', '.join(names)}")
 
-    run = experiments.Runner(options.out, options.quick, options.threads, not options.untimed)
+    timed = not options.untimed
+    run = experiments.Runner(options.out, options.quick, options.threads, timed, options.machine)
     for name in options.only:
         if name in RECIPES:
             run.recipe(name, RECIPES[name])
         else:
             run.study(name, STUDIES[name])
-    run.save(options.machine)
+    run.save()
     if options.publish:
         experiments.publish(options.out, Path(__file__).parent)
     return 1 if run.failed else 0

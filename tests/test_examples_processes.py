@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,18 @@ def test_two_processes_train_what_one_does(tmp_path: Path) -> None:
     from_two = example_runs.train(tmp_path / "two", *COMMAND, "--epochs", "3", "--resume")
     assert_same_curves(example_runs.history(from_one), example_runs.history(one))
     assert_same_curves(example_runs.history(from_two), example_runs.history(one))
+
+
+@pytest.mark.parametrize(("local_rank", "lines"), [("0", 1), ("1", 0)])
+def test_each_machine_says_once_what_is_wrong(
+    local_rank: str,
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "0", "RANK": "5", "LOCAL_RANK": local_rank}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with suppress(SystemExit):
+        assert example_runs.main(["--epochs", "0"]) == 2
+    assert capsys.readouterr().err.count("epochs must be a whole number") == lines

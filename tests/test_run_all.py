@@ -40,7 +40,7 @@ def test_failed_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run._run("good", lambda: 0) is not None
     assert run._run("bad", lambda: 1) is None
     assert run._run("worse", lambda: int("x")) is None
-    run.save("")
+    run.save()
     assert run.failed == ["bad", "worse"]
     assert capsys.readouterr().out.endswith("failed: bad, worse\n")
     with pytest.raises(KeyboardInterrupt):

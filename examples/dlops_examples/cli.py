@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = recipes.load(options.pop("recipe"), overrides(options))
         train(Trainer(recipe, Settings(**options)))
     except UsageError as error:
-        if distributed.is_first():  # all processes refuse the same
+        if distributed.is_first_here():  # all processes of a machine refuse the same
             parser.error(str(error))
         return 2
     except OSError as error:

@@ -20,6 +20,11 @@ def is_first() -> bool:
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
+def is_first_here() -> bool:
+    """Whether this process is the first on its machine."""
+    return not started_by_torchrun() or os.environ["LOCAL_RANK"] == "0"
+
+
 def close() -> None:
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -72,13 +77,13 @@ class Processes:
                 distributed.broadcast(buffer, 0)
 
     def first_then_others(self, action: Callable[[], Any]) -> Any:
-        """The result of ``action``, which the first process ends before the others begin."""
+        """The result of ``action``, which each machine's first process ends before others begin."""
         if self.count == 1:
             return action()
-        if not self.first:
+        if not is_first_here():
             distributed.barrier()
         try:
             return action()
         finally:
-            if self.first:
+            if is_first_here():
                 distributed.barrier()

@@ -27,9 +27,13 @@ PLACE = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end of results -->)"
 class Runner:
     """Runs commands in this process; ``results`` maps each to what is published of it."""
 
-    def __init__(self, out: Path, quick: bool, threads: int | None, timed: bool) -> None:
+    def __init__(
+        self, out: Path, quick: bool, threads: int | None, timed: bool, machine: str = ""
+    ) -> None:
         self.out, self.quick, self.timed = out, quick, timed
         self.threads = ["--threads", str(threads)] if threads else []
+        # Now, because the commit may be another one when the last experiment ends.
+        self.measured = measured(threads or torch.get_num_threads(), machine)
         self.results: dict[str, dict[str, Any]] = {}
         self.failed: list[str] = []
 
@@ -89,10 +93,10 @@ class Runner:
     def _time(self, seconds: float) -> str:
         return f"{seconds:.0f} s" if self.timed else "not timed yet"
 
-    def save(self, machine: str) -> None:
+    def save(self) -> None:
         """Add to results.json and results.md in ``out``, and print every table."""
         for result in self.results.values():
-            result["measured"] = measured(machine)
+            result["measured"] = self.measured
         results = load(self.out) | self.results
         text = tables(results, list(results))
         files.save_json(self.out / "results.json", results)
@@ -107,7 +111,7 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def measured(machine: str) -> str:
+def measured(threads: int, machine: str) -> str:
     """Where these results come from, in one line."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=8", "HEAD"],
@@ -115,7 +119,6 @@ def measured(machine: str) -> str:
         text=True,
         check=False,
     )
-    threads = torch.get_num_threads()
     where = f"{threads} thread{'s' if threads > 1 else ''}{f' of {machine}' if machine else ''}"
     parts = [where, f"torch {torch.__version__}", f"commit {commit.stdout.strip() or 'unknown'}"]
     return ", ".join([*parts, f"{datetime.now(UTC):%Y-%m-%d}"])
