@@ -1,4 +1,4 @@
-"""``python -m benchmarks.accuracy``: the errors of every op and dtype beside native's, as a table."""
+"""``python -m benchmarks.accuracy``: errors of every op and dtype beside native's, as a table."""
 
 import argparse
 import re
@@ -14,11 +14,11 @@ from .machine import ROOT, context, describe
 
 HEAD = """# Errors beside native's
 
-In units of the dtype's epsilon times the largest magnitude of the true result, computed in 80-bit
-numbers: the largest error and the root mean square. Each is the worst over value and gradients and,
-for the losses, over gamma 0, 0.5, 2 and 3.7; "not finite": NaN or infinity where the truth is finite.
-`python -m benchmarks.accuracy` writes this page; tests/test_accuracy.py holds every one of its results
-to native's.
+In units of the dtype's epsilon times the largest magnitude of the true result (for convolution: of
+the sums of the terms' magnitudes), computed in 80-bit numbers: the largest error and the root mean
+square. Each is the worst over value and gradients and, for the losses, over gamma 0, 0.5, 2 and
+3.7; "not finite": NaN or infinity where the truth is finite. `python -m benchmarks.accuracy` writes
+this page; tests/test_accuracy.py holds every one of its results to native's.
 
 | dtype | op | inputs | dlops largest | native largest | dlops RMS | native RMS |
 |---|---|---|---:|---:|---:|---:|
