@@ -16,7 +16,8 @@ CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 BUILD_FILES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help env build train experiments test bench lint format wheel-test cuda-compile clean
+.PHONY: help env build train experiments test bench lint format wheel-test cuda-compile clean \
+	test-matrix build-memory
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -49,6 +50,12 @@ format: $(VENV)/.dev ## format every source file
 
 wheel-test: build $(VENV)/.dev ## build sdist and wheel, install the wheel elsewhere and test that
 	scripts/wheel_test.sh $(PY) $(ARGS)
+
+test-matrix: ## build and test with the oldest and the newest supported Python, torch and all else
+	scripts/test_matrix.sh all $(ARGS)
+
+build-memory: env ## build with two jobs and without network; fails above 4 GiB
+	$(PY) scripts/build_memory.py
 
 cuda-compile: env ## compile and link the CUDA kernels (needs no GPU and no system toolkit)
 	scripts/cuda_compile.sh $(PY)

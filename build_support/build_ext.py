@@ -123,6 +123,7 @@ class BuildExt(cpp_extension.BuildExtension):
         (ext,) = self.extensions
         toolkit, self.cuda_reason = choose_toolkit(torch.version.cuda)
         self.configure(ext)
+        self.drop_run_paths()
         if toolkit:
             self.configure_cuda(ext, toolkit)
             print(f"dlops: building for the CPU and CUDA {toolkit.version} ({toolkit.home})")
@@ -144,6 +145,12 @@ class BuildExt(cpp_extension.BuildExtension):
         strict = ["-Werror"] if warnings_are_errors() else []
         ext.extra_compile_args = {"cxx": [*CXX_FLAGS, *strict, *path_maps(), *system]}
         ext.extra_link_args = ["-fopenmp", "-Wl,--strip-debug"]
+
+    def drop_run_paths(self):
+        """A Python that was linked with a run path hands it down: this machine's, in the binary."""
+        for name in ("linker_so", "linker_so_cxx"):
+            command = getattr(self.compiler, name, None) or []
+            setattr(self.compiler, name, [w for w in command if not w.startswith("-Wl,-rpath")])
 
     def configure_cuda(self, ext, toolkit: Toolkit):
         os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list()

@@ -17,6 +17,7 @@ rm -rf "$work"
 mkdir -p "$work"
 
 "$python" -m build --no-isolation --outdir "$work/dist" .
+"$python" scripts/check_wheel.py "$work"/dist/dlops-*.whl
 "$python" -m venv "$work/venv"
 site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$site/borrowed.pth"

@@ -1,7 +1,7 @@
 """The same bits, whatever surrounds a call: threads, neighbours in the batch, the kind of graph.
 
-Repeated calls, and one against two threads, are in each op's own tests. CI runs all of them on every
-CPU capability.
+Repeated calls, and one against two threads, are in each op's own tests. CI runs all of them on
+every CPU capability.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def value_and_gradient(
 
 
 def check_samples_do_not_see_each_other(op: Op, x: Tensor, dtype: torch.dtype) -> None:
-    """What a part of the batch gives alone is what it gives among the others, and so its gradient."""
+    """Values and gradients of a part of the batch alone are those it has among the others."""
     function = op.bind(dtype)
     everything = slice(0, BATCH)
     output = function(x, everything)
@@ -262,9 +262,7 @@ def test_compiled_code_runs_the_same_kernels(network: Any) -> None:
     model, images, target = network
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    check_equal(
-        train_step(model, images, target), train_step(compiled, images, target), "compiled"
-    )
+    check_equal(train_step(model, images, target), train_step(compiled, images, target), "compiled")
 
 
 def test_one_gradient_does_not_depend_on_the_others_asked_for(network: Any) -> None:

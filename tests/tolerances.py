@@ -81,3 +81,15 @@ def assert_elementwise(result: Tensor, truth: Tensor, what: str, dtype: torch.dt
         equal_nan=True,
         msg=lambda text: f"{what} in {dtype}: {text}",
     )
+
+
+class Errors(NamedTuple):
+    """Of one result, in units of its dtype's epsilon times the largest sum of magnitudes in it."""
+
+    largest: float
+    rms: float
+
+
+def allowed_errors(native: Errors) -> Errors:
+    """What ours may be where native's are these: the rounding of another order of summation."""
+    return Errors(2 * native.largest + 1, 1.5 * native.rms + 0.6)

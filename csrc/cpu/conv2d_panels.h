@@ -22,6 +22,8 @@ namespace dlops::cpu {
 // What a panel of columns may take: half of a small L2 cache, in elements of 4 bytes.
 constexpr int64_t kPanelElements = 64 * 1024;
 constexpr int64_t kMinPixels = 128, kMaxPixels = 512;
+// What the outputs of a panel's pixels may take, where there are very many output channels.
+constexpr int64_t kOutputElements = 256 * 1024;
 
 // The batch's output pixels, cut into blocks that lie in one image or hold whole images.
 class PixelBlocks {
@@ -65,10 +67,12 @@ struct ChannelBlocks {
   Interval operator[](int64_t i) const { return {i * size, std::min(channels, (i + 1) * size)}; }
 };
 
-// As many pixels as let all of a group's columns fit a panel, within bounds.
+// As many pixels as let all of a group's columns fit a panel, and its outputs theirs, within
+// bounds.
 inline int64_t pixels_per_panel(const Conv2dGeometry& g) {
-  return std::clamp(kPanelElements / std::max<int64_t>(1, g.column_rows()) / 16 * 16, kMinPixels,
-                    kMaxPixels);
+  const int64_t by_columns = kPanelElements / std::max<int64_t>(1, g.column_rows());
+  const int64_t by_outputs = kOutputElements / std::max<int64_t>(1, g.outputs_per_group());
+  return std::clamp(std::min(by_columns, by_outputs) / 16 * 16, kMinPixels, kMaxPixels);
 }
 
 // A matrix in row-major order, its rows `ld` apart.

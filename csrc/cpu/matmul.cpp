@@ -29,7 +29,8 @@ bool brgemm_works() {
       return false;
     }
   }();
-  return works && at::globalContext().userEnabledMkldnn();
+  // Below AVX2, oneDNN has no such kernel and torch runs a BLAS product instead.
+  return works && capability() != kBaseline && at::globalContext().userEnabledMkldnn();
 }
 #endif
 

@@ -11,14 +11,20 @@
 namespace dlops::cpu {
 
 // Hands out parts of one buffer per thread. The buffer grows to what has been asked for, and is
-// valid until the thread's next Scratch.
+// valid until the Scratch ends or the thread makes another.
 class Scratch {
  public:
   // `bytes` in all, the sum of Scratch::size<T>(count) over the parts.
   explicit Scratch(int64_t bytes) {
     thread_local Buffer buffer;
+    buffer_ = &buffer;
     next_ = buffer.reserve(static_cast<size_t>(bytes));
   }
+  ~Scratch() {
+    if (buffer_->bytes > kKept) buffer_->release();
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
   template <class T>
   static int64_t size(int64_t count) {
     return (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
@@ -32,14 +38,20 @@ class Scratch {
 
  private:
   static constexpr size_t kAlign = 64;
+  // More than a convolution's panels ever take. Rows of very many classes take more.
+  static constexpr size_t kKept = size_t{4} << 20;
   struct Buffer {
     std::byte* data = nullptr;
     size_t bytes = 0;
     ~Buffer() { std::free(data); }
+    void release() {
+      std::free(data);
+      data = nullptr;
+      bytes = 0;
+    }
     std::byte* reserve(size_t wanted) {
       if (wanted > bytes) {
-        std::free(data);
-        bytes = 0;
+        release();
         data = static_cast<std::byte*>(
             std::aligned_alloc(kAlign, (wanted + kAlign - 1) / kAlign * kAlign));
         if (data == nullptr) throw std::bad_alloc();
@@ -48,6 +60,7 @@ class Scratch {
       return data;
     }
   };
+  Buffer* buffer_;
   std::byte* next_;
 };
 
