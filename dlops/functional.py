@@ -18,9 +18,20 @@ from dlops.ops import focal_loss as _focal_loss
 from dlops.ops import max_pool2d as _max_pool2d
 from dlops.ops import sigmoid_focal_loss as _sigmoid_focal_loss
 from dlops.ops import unfold as _unfold
-from dlops.ops.common import autocast, check_int, check_tensor, pair, reduction_number
+from dlops.ops.common import (
+    autocast,
+    check_bool,
+    check_int,
+    check_number,
+    check_tensor,
+    pair,
+    reduction_number,
+)
 
 Size = int | Sequence[int]
+
+# Beyond this a gamma makes no difference, and its square would overflow float32.
+LARGEST_GAMMA = 1e18
 
 __all__ = [
     "class_balanced_weight",
@@ -148,6 +159,7 @@ def max_pool2d(
         pair(padding, "padding", "max_pool2d"),
         pair(dilation, "dilation", "max_pool2d"),
     )
+    check_bool(ceil_mode, "ceil_mode", "max_pool2d")
     images, unbatched = _batched(input, "max_pool2d")
     if not return_indices:
         output = _max_pool2d.max_pool2d_values(images, *window, ceil_mode)
@@ -227,7 +239,7 @@ def fold(
     unbatched = input.dim() == 2
     columns = input.unsqueeze(0) if unbatched else input
     window = _window(kernel_size, dilation, padding, stride, "fold")
-    image = _unfold.fold(columns, pair(output_size, "output_size", "fold"), *window)
+    image = _unfold.fold(columns, pair(output_size, "output_size", "fold", single=False), *window)
     return image.squeeze(0) if unbatched else image
 
 
@@ -274,13 +286,15 @@ def sigmoid_focal_loss(
     number = reduction_number(reduction, "sigmoid_focal_loss")
     check_tensor(inputs, "inputs", "sigmoid_focal_loss")
     check_tensor(targets, "targets", "sigmoid_focal_loss")
+    check_number(alpha, "alpha", "sigmoid_focal_loss")
+    check_number(gamma, "gamma", "sigmoid_focal_loss")
     (inputs,) = autocast("float32", inputs)
     dtype = torch.promote_types(inputs.dtype, targets.dtype)
     if not targets.is_floating_point() or targets.dtype != inputs.dtype:
         inputs, targets = inputs.to(dtype), targets.to(dtype)
     class_alpha, scalar_alpha = _class_alpha(alpha, inputs)
     return _sigmoid_focal_loss.sigmoid_focal_loss(
-        inputs, targets, class_alpha, scalar_alpha, gamma, number
+        inputs, targets, class_alpha, scalar_alpha, min(gamma, LARGEST_GAMMA), number
     )
 
 
@@ -341,7 +355,9 @@ def focal_loss(
     number = reduction_number(reduction, "focal_loss")
     check_tensor(input, "input", "focal_loss")
     check_tensor(target, "target", "focal_loss")
+    check_number(gamma, "gamma", "focal_loss")
     check_int(ignore_index, "ignore_index", "focal_loss")
+    check_number(label_smoothing, "label_smoothing", "focal_loss")
     if weight is not None and weight.requires_grad:
         raise RuntimeError(
             "focal_loss: weight requires a gradient, which is not implemented; detach it"
@@ -356,7 +372,7 @@ def focal_loss(
         input,
         target,
         weight,
-        gamma,
+        min(gamma, LARGEST_GAMMA),
         ignore_index,
         number,
         max(label_smoothing, 0.0),
@@ -444,18 +460,19 @@ def _conv_padding(
 def _window(
     kernel_size: Size, dilation: Size, padding: Size, stride: Size, op: str
 ) -> tuple[list[int], ...]:
-    return (
-        pair(kernel_size, "kernel_size", op),
-        pair(dilation, "dilation", op),
-        pair(padding, "padding", op),
-        pair(stride, "stride", op),
-    )
+    values = {
+        "kernel_size": kernel_size,
+        "dilation": dilation,
+        "padding": padding,
+        "stride": stride,
+    }
+    return tuple(pair(value, name, op, single=False) for name, value in values.items())
 
 
 def _class_alpha(alpha: float | Tensor, inputs: Tensor) -> tuple[Tensor | None, float]:
     """alpha as one for each class, or as a number for all."""
     if not isinstance(alpha, Tensor):
-        if alpha > 1:
+        if not alpha <= 1:
             raise ValueError(
                 f"sigmoid_focal_loss: alpha must be in [0, 1], or negative for none, got {alpha}"
             )
