@@ -17,7 +17,7 @@ BUILD_FILES := $(shell find csrc build_support -type f -not -name '*.pyc') setup
 
 .DELETE_ON_ERROR:
 .PHONY: help env build train experiments test bench lint format wheel-test cuda-compile clean \
-	test-matrix build-memory
+	test-matrix build-memory test-large fuzz sanitize
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -33,6 +33,15 @@ experiments: build ## run every experiment on its defaults (half an hour on two 
 
 test: build ## run the test suite
 	$(PY) -m pytest $(ARGS)
+
+test-large: build ## tests of more than 2^31 elements: minutes, and up to 15 GiB of free memory
+	DLOPS_TEST_LARGE=1 $(PY) -m pytest tests/large -rP $(ARGS)
+
+fuzz: build ## 20,000 generated calls of each op against native
+	DLOPS_FUZZ_EXAMPLES=20000 $(PY) -m pytest tests/fuzz $(ARGS)
+
+sanitize: env ## run the op tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	scripts/sanitize.sh $(PY) $(ARGS)
 
 bench: build ## time every op against the native one
 	$(PY) -m benchmarks $(ARGS)
