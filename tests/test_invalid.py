@@ -327,7 +327,6 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "no_channels_groups": lambda o: o.conv2d(INPUT[:, :0], WEIGHT[:, :0], groups=2),
     "no_channels_unbatched": lambda o: o.conv2d(INPUT[0, :0], WEIGHT[:, :0], padding=1),
     "no_channels_no_rows": lambda o: o.conv2d(INPUT[:, :0, :0], WEIGHT[:, :0, :0]),
-    "fold_bool": lambda o: o.fold(COLUMNS > 0, 8, 3),
     "sigmoid_empty": lambda o: o.sigmoid_focal_loss(
         LOGITS[:0], PROBABILITIES[:0], reduction="mean"
     ),
