@@ -1,7 +1,6 @@
-"""Exponentially imbalanced training sets, and accuracy by class."""
+"""Exponentially imbalanced training sets, and noise."""
 
 import torch
-from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from .errors import UsageError
@@ -46,10 +45,3 @@ def with_noise(split: TensorDataset, sigma: float, seed: int = 0) -> TensorDatas
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
     return TensorDataset(images + sigma * noise, labels)
-
-
-def accuracy_by_class(predictions: Tensor, labels: Tensor, classes: int) -> list[float]:
-    """The share of each class's samples that is predicted right; predictions and labels (N)."""
-    total = labels.bincount(minlength=classes)
-    right = labels[predictions == labels].bincount(minlength=classes)
-    return (right / total).tolist()

@@ -11,8 +11,10 @@ from torch import nn
 
 from ..errors import UsageError
 from .adam_cnn import adam_cnn
+from .compact_cnn import compact_cnn
 from .deep_bn import deep_bn
 from .lenet_alexnet import lenet_alexnet
+from .mlp import mlp
 from .mnist_cnn import mnist_cnn
 from .one_conv import one_conv
 from .resnet import resnet
@@ -29,6 +31,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "adam_cnn": adam_cnn,
     "mnist_cnn": mnist_cnn,
     "resnet": resnet,
+    "compact_cnn": compact_cnn,
+    "mlp": mlp,
 }
 
 

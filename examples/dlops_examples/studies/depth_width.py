@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from ..study_networks import check_budget
 from . import plots
+from .limits import check_budget
 from .study import Study, Table, command, parser
 
 
@@ -51,7 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="BUDGET:UNITS",
         help="hidden layers such as 200:120,80, instead of equal ones; can be repeated",
     )
-    add("--seed", type=int, default=0)
     return result
 
 
@@ -77,12 +76,14 @@ def run(study: Study) -> None:
     for budget, units in chosen:
         text = "-".join(map(str, units))
         recipe = study.recipe("mlp", {"network.units": list(units)})
-        outcome = study.train(f"{budget}-{text}", recipe, options.seed)
-        best = max(row["test_accuracy"] for row in outcome.history)
+        trainer = study.trainer(f"{budget} units as {text}", recipe, options.seed)
+        last = study.fit(trainer)["test_accuracy"]
         known = BUDGETS.get(budget)
         published = f"{known.published:.4f} (asked: {known.target:.3f})" if known else ""
-        rows.append([budget, len(units), text, outcome.accuracy, best, published])
-        accuracies.setdefault(f"at most {budget} units", []).append((text, outcome.accuracy))
-    plots.grouped_points(study.folder / "accuracy_by_depth.png", accuracies)
-    headers = ["budget", "layers", "units", "test accuracy", "best epoch", "published on MNIST"]
-    study.finish({"networks": Table(headers, rows, digits=4)})
+        rows.append([budget, len(units), text, last, trainer.best["test_accuracy"], published])
+        accuracies.setdefault(f"at most {budget} units", []).append((text, last))
+    headers = ["budget", "layers", "units", "last epoch", "best epoch", "published (MNIST)"]
+    study.finish(
+        {"networks": Table(headers, rows, digits=4)},
+        {"accuracy_by_depth.png": plots.grouped_points(accuracies)},
+    )

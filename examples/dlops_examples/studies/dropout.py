@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import UsageError
-from ..study_networks import check_mnist_cnn
-from ..trainer import Trainer
+from ..logs import History
+from ..recipes import Recipe
 from . import plots
+from .limits import check_mnist_cnn
 from .study import Study, Table, command, parser
 
 
@@ -45,24 +46,25 @@ def run(study: Study) -> None:
         raise UsageError(f"--points must be at least 2 and --seeds 1: {options.points}, {seeds}")
     accuracies: dict[float, list[float]] = {}
     for p in torch.linspace(0, 1, options.points, dtype=torch.float64).tolist():
-        recipe = study.recipe("mnist_cnn", {"network.dropout": p}, epochs=epochs)
+        recipe = study.recipe("mnist_cnn", {"network.dropout": p, "epochs": epochs})
         accuracies[p] = [
-            study.train(f"p-{p:.3f}-{seed}", recipe, seed, check).accuracy for seed in range(seeds)
+            fit(study, f"p {p:.3f}, seed {seed}", recipe, seed)[-1]["test_accuracy"]
+            for seed in range(options.seed, options.seed + seeds)
         ]
     best = max(accuracies, key=lambda p: statistics.fmean(accuracies[p]))
     recipe = study.recipe("mnist_cnn", {"network.dropout": best})
-    full = study.train("best", recipe, 0, check)
-    plots.sweep(study.folder / "accuracy_by_p.png", accuracies, best, full.history)
+    history = fit(study, f"p {best:.3f}, full run", recipe, options.seed)
     study.finish(
-        {
-            "sweep": sweep(accuracies),
-            "full": best_run(best, [r["test_accuracy"] for r in full.history]),
-        }
+        {"sweep": sweep(accuracies), "full": full(best, history)},
+        {"accuracy_by_p.png": plots.sweep(accuracies, best, history)},
     )
 
 
-def check(trainer: Trainer) -> None:
+def fit(study: Study, name: str, recipe: Recipe, seed: int) -> History:
+    trainer = study.trainer(name, recipe, seed)
     check_mnist_cnn(trainer.model)
+    study.fit(trainer)
+    return trainer.history
 
 
 def sweep(accuracies: dict[float, list[float]]) -> Table:
@@ -73,6 +75,7 @@ def sweep(accuracies: dict[float, list[float]]) -> Table:
     return Table(["dropout p", "test accuracy", "range over seeds"], rows, digits=4)
 
 
-def best_run(p: float, accuracy: list[float]) -> Table:
-    rows = [[f"p = {p:.3f}", len(accuracy), accuracy[-1], max(accuracy)]]
-    return Table(["full run", "epochs", "test accuracy", "best epoch"], rows, digits=4)
+def full(p: float, history: History) -> Table:
+    accuracies = [row["test_accuracy"] for row in history]
+    rows = [[f"p = {p:.3f}", len(accuracies), accuracies[-1], max(accuracies)]]
+    return Table(["full run", "epochs", "last epoch", "best epoch"], rows, digits=4)

@@ -3,18 +3,12 @@
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor, nn
-
-from dlops.nn import ClassBalancedFocalLoss, FocalLoss
 
 from .. import imbalance
 from ..data import Images
 from ..errors import UsageError
-from ..trainer import Trainer
 from . import plots
 from .study import Study, Table, command, parser
 
@@ -30,44 +24,48 @@ class Setting:
     sigma: float  # standard deviation of the noise on images in [0, 1]
     # A beta matters where 1 / (1 - beta), the most that a class can count for, is among the counts.
     betas: tuple[float, ...]
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 SETTINGS = {
     "digits": Setting("long_tail_digits", 140, 1.5, (0.9, 0.99, 0.999)),
     "mnist": Setting("long_tail_digits", 5000, 1.5, (0.99, 0.999, 0.9999)),
-    "cifar10": Setting("resnet32", 5000, 0.0, (0.99, 0.999, 0.99999)),
+    "cifar10": Setting("resnet32", 5000, 0.0, (0.99, 0.999, 0.99999), {"optimizer.lr": 0.005}),
 }
 
 
-@dataclass(frozen=True)
-class Loss:
-    label: str
-    name: str
-    beta: float = 0.0
-
-    def build(self, counts: list[int], gamma: float) -> nn.Module:
-        """A function of logits (N, C) and labels (N), on dlops' kernels."""
-        if self.name == "ce":
-            return FocalLoss(gamma=0.0)
-        if self.name == "focal":
-            return FocalLoss(gamma=gamma)
-        return ClassBalancedFocalLoss(counts, self.beta, gamma, form=self.name)
+# The names that --losses takes, and the recipe's names of those losses.
+LOSSES = {
+    "ce": "cross_entropy",
+    "focal": "focal",
+    "softmax": "class_balanced_softmax",
+    "sigmoid": "class_balanced_sigmoid",
+}
+Accuracies = dict[str, list[list[float]]]  # of every loss, seed and class
 
 
-def losses(names: Sequence[str], betas: Sequence[float]) -> list[Loss]:
-    plain = {"ce": Loss("CE", "ce"), "focal": Loss("focal", "focal")}
-    chosen = [plain[name] for name in plain if name in names]
-    for name in ("softmax", "sigmoid"):
-        if name in names:
-            chosen += [Loss(f"CB {name} β={beta:g}", name, beta) for beta in betas]
-    return chosen
+def tables(names: Sequence[str], betas: Sequence[float], gamma: float) -> dict[str, dict[str, Any]]:
+    """The chosen losses' labels and [loss] tables of the recipe."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in (name for name in LOSSES if name in names):
+        table = {"loss.name": LOSSES[name]} | ({"loss.gamma": gamma} if name != "ce" else {})
+        if name in ("ce", "focal"):
+            found["CE" if name == "ce" else name] = table
+        else:
+            found |= {f"CB {name} β={beta:g}": table | {"loss.beta": beta} for beta in betas}
+    return found
 
 
 def build_parser() -> argparse.ArgumentParser:
     result = parser("long_tail.py", __doc__ or "", SETTINGS)
     add = result.add_argument
-    names = ("ce", "focal", "softmax", "sigmoid")
-    add("--losses", nargs="+", choices=names, default=names, help="the last two: class-balanced")
+    add(
+        "--losses",
+        nargs="+",
+        choices=LOSSES,
+        default=list(LOSSES),
+        help="the last two: class-balanced",
+    )
     add("--betas", nargs="+", type=float, help="of the class-balanced losses (default: by --data)")
     add("--gamma", type=float, default=1.0, help="of the focal losses (default: 1)")
     add("--factor", type=float, default=0.02, help="last class over first (default: 0.02)")
@@ -84,63 +82,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(study: Study) -> None:
     options = study.options
     setting = SETTINGS[options.data]
-    options.head = setting.head if options.head is None else options.head
-    options.sigma = setting.sigma if options.sigma is None else options.sigma
-    options.betas = list(setting.betas if options.betas is None else options.betas)
+    for name in ("head", "sigma", "betas"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(setting, name))
     if options.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {options.seeds}")
-    recipe = study.recipe(setting.recipe)
-    counts: list[int] = []
-    accuracies: dict[str, list[list[float]]] = {}  # of every loss, seed and class
-    for loss in losses(options.losses, options.betas):
-        accuracies[loss.label] = []
-        for seed in range(options.seeds):
-
-            def prepare(trainer: Trainer, loss: Loss = loss, seed: int = seed) -> None:
-                nonlocal counts
-                counts = make_long_tailed(trainer, options, seed)
-                trainer.loss = loss.build(counts, options.gamma).to(trainer.device)
-
-            name = f"{loss.name}-{loss.beta:g}-{seed}"
-            outcome = study.train(name, recipe, seed, prepare)
-            accuracies[loss.label].append(
-                imbalance.accuracy_by_class(outcome.predictions, outcome.labels, len(counts))
+    noise = {"name": "GaussianNoise", "sigma": options.sigma, "clip": False}
+    defaults = setting.overrides | ({"augment": [noise]} if options.sigma else {})
+    images = study.images(study.recipe(setting.recipe))
+    counts = imbalance.class_counts(options.head, options.factor, len(images.classes))
+    test = imbalance.with_noise(images.test, options.sigma)
+    accuracies: Accuracies = {}
+    for label, loss in tables(options.losses, options.betas, options.gamma).items():
+        recipe = study.recipe(setting.recipe, loss, **defaults)
+        accuracies[label] = []
+        for seed in range(options.seed, options.seed + options.seeds):
+            train = imbalance.subsample(images.train, counts, seed)
+            trainer = study.trainer(
+                f"{label}, seed {seed}", recipe, seed, Images(train, test, images.classes)
             )
-    study.folder.mkdir(parents=True, exist_ok=True)
-    plots.grouped_bars(
-        study.folder / "accuracy_by_class.png",
-        {label: seeds for label, seeds in accuracies.items() if "sigmoid" not in label},
-        [f"{label}\n{count}" for label, count in enumerate(counts)],
-    )
+            accuracies[label].append(study.fit(trainer)["test_class_accuracy"])
+    ticks = [f"{name}\n{count}" for name, count in zip(images.classes, counts, strict=True)]
     study.finish(
         {"by class": by_class(accuracies, counts), "summary": summary(accuracies)},
+        {"accuracy_by_class.png": plots.grouped_bars(accuracies, ticks)},
         counts=counts,
         accuracies=accuracies,
     )
 
 
-def make_long_tailed(trainer: Trainer, options: argparse.Namespace, seed: int) -> list[int]:
-    """Thin out the trainer's classes, put noise on its images; the training samples per class."""
-    images = trainer.images
-    counts = imbalance.class_counts(options.head, options.factor, len(images.classes))
-    train = imbalance.subsample(images.train, counts, seed)
-    trainer.images = Images(train, imbalance.with_noise(images.test, options.sigma), images.classes)
-    if options.sigma:
-        trainer.model.register_forward_pre_hook(fresh_noise(options.sigma))
-    return counts
-
-
-def fresh_noise(sigma: float) -> Any:
-    """Other noise on every image of every step; none where the network is evaluated."""
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (images,) = inputs
-        return (images + sigma * torch.randn_like(images) if module.training else images,)
-
-    return hook
-
-
-def by_class(accuracies: dict[str, list[list[float]]], counts: list[int]) -> Table:
+def by_class(accuracies: Accuracies, counts: list[int]) -> Table:
     """Accuracy of each class, mean over the seeds, in the layout of the published table."""
     rows: list[list[Any]] = [["training samples", *counts]]
     for label, seeds in accuracies.items():
@@ -149,7 +120,7 @@ def by_class(accuracies: dict[str, list[list[float]]], counts: list[int]) -> Tab
     return Table(["loss", *map(str, range(len(counts)))], rows)
 
 
-def summary(accuracies: dict[str, list[list[float]]]) -> Table:
+def summary(accuracies: Accuracies) -> Table:
     """Head, tail, mean and worst class: mean over the seeds, and their standard deviation."""
 
     def spread(values: list[float]) -> str:

@@ -2,31 +2,32 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..plots import History
+from ..logs import History
 
-DPI = 90
-
-
-def save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    plt.close(figure)
+Panels = Sequence[Any]
 
 
-def grouped_bars(path: Path, groups: dict[str, list[list[float]]], classes: Sequence[str]) -> None:
+def subplots(count: int) -> tuple[Figure, Panels]:
+    """A figure with ``count`` panels side by side, each with a grid."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.set_axisbelow(True)
+    return figure, panels
+
+
+def grouped_bars(groups: dict[str, list[list[float]]], classes: Sequence[str]) -> Figure:
     """One bar a class for every label: the mean over runs, with the range of the runs."""
-    figure, panel = plt.subplots(figsize=(10, 4), layout="constrained")
+    figure, (panel,) = subplots(1)
     width = 0.8 / len(groups)
-    colors = plt.get_cmap("viridis").resampled(len(groups))
+    colors = colormaps["viridis"].resampled(len(groups))
     for i, (label, runs) in enumerate(groups.items()):
         columns = list(zip(*runs, strict=True))
         means = [statistics.fmean(values) for values in columns]
@@ -37,39 +38,29 @@ def grouped_bars(path: Path, groups: dict[str, list[list[float]]], classes: Sequ
         panel.errorbar(positions, means, (below, above), fmt="none", ecolor="gray", elinewidth=0.8)
     panel.set_xticks(range(len(classes)), classes)
     panel.set(xlabel="class, and its training samples", ylabel="test accuracy", ylim=(0, 1))
-    panel.grid(axis="y", alpha=0.3)
     panel.legend(ncols=len(groups), loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
-    save(figure, path)
+    return figure
 
 
-def curves(path: Path, histories: dict[str, History], title: str = "") -> None:
-    """Training loss and test accuracy by epoch, one colour a label.
-
-    Labels that end in "without BN" are dashed, in the colour of the label before them.
-    """
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+def curves(pairs: dict[str, tuple[History, History]], names: tuple[str, str]) -> Figure:
+    """Training loss and test accuracy by epoch: a colour for each pair, its second run dashed."""
+    figure, panels = subplots(2)
     for panel, key in zip(panels, ("train_loss", "test_accuracy"), strict=True):
-        for i, (label, history) in enumerate(histories.items()):
-            dashed = label.endswith("without BN")
-            panel.plot(
-                [row["epoch"] for row in history],
-                [row[key] for row in history],
-                color=f"C{i // 2}" if "BN" in label else f"C{i}",
-                linestyle="--" if dashed else "-",
-                marker=".",
-                label=label,
-            )
+        for i, (label, pair) in enumerate(pairs.items()):
+            for name, history, style in zip(names, pair, ("-", "--"), strict=True):
+                epochs, values = [row["epoch"] for row in history], [row[key] for row in history]
+                panel.plot(epochs, values, style, color=f"C{i}", label=f"{label}, {name}")
         panel.set(xlabel="epoch", ylabel=key.replace("_", " "))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(alpha=0.3)
-    panels[1].legend(fontsize="small")
-    figure.suptitle(title)
-    save(figure, path)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside right center", fontsize="small"
+    )
+    return figure
 
 
-def sweep(path: Path, accuracies: dict[float, list[float]], best: float, history: History) -> None:
+def sweep(accuracies: dict[float, list[float]], best: float, history: History) -> Figure:
     """Accuracy over a parameter's values, and the accuracy by epoch at the best of them."""
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = subplots(2)
     values = list(accuracies)
     panels[0].plot(values, [statistics.fmean(accuracies[p]) for p in values], marker="o")
     panels[0].fill_between(
@@ -86,14 +77,12 @@ def sweep(path: Path, accuracies: dict[float, list[float]], best: float, history
     panels[1].set(xlabel=f"epoch, p = {best:.3f}", ylabel="accuracy")
     panels[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[1].legend()
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    save(figure, path)
+    return figure
 
 
-def grouped_points(path: Path, groups: dict[str, list[tuple[str, float]]]) -> None:
+def grouped_points(groups: dict[str, list[tuple[str, float]]]) -> Figure:
     """Accuracy of named networks, side by side, one colour and one line a group."""
-    figure, panel = plt.subplots(figsize=(10, 4), layout="constrained")
+    figure, (panel,) = subplots(1)
     start = 0
     labels: list[str] = []
     for group, points in groups.items():
@@ -103,6 +92,5 @@ def grouped_points(path: Path, groups: dict[str, list[tuple[str, float]]]) -> No
         start += len(points)
     panel.set_xticks(range(start), labels, rotation=20, ha="right")
     panel.set(xlabel="units of the hidden layers", ylabel="test accuracy")
-    panel.grid(alpha=0.3)
     panel.legend()
-    save(figure, path)
+    return figure

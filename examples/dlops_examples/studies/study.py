@@ -1,27 +1,25 @@
-"""What the studies share: options, runs of a recipe, printed tables and the result file."""
+"""What the studies share: options, runs of a recipe, printed tables and the result files."""
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
-from torch import Tensor, nn
 
-from .. import data, files, recipes, study_networks  # noqa: F401
-from ..cli import Parser
+from .. import cli, data, distributed, files, recipes
 from ..errors import UsageError
-from ..plots import History
+from ..logs import History
 from ..recipes import Recipe
 from ..settings import Settings
-from ..trainer import EVALUATION_BATCH, Trainer
+from ..trainer import Trainer
 from .machine import machine
 
-Prepare = Callable[[Trainer], None]
+PICTURE_DPI = 90
 
 
 @dataclass(frozen=True)
@@ -32,106 +30,86 @@ class Table:
     rows: Sequence[Sequence[Any]]
     digits: int = 3
 
-    def cells(self) -> list[list[str]]:
-        def cell(value: Any) -> str:
-            return f"{value:.{self.digits}f}" if isinstance(value, float) else str(value)
-
-        return [[cell(value) for value in row] for row in self.rows]
-
     def text(self, style: str = "simple") -> str:
-        """As a table of tabulate's ``style``: "simple" for a terminal, "github" for Markdown."""
+        """In one of tabulate's styles: "simple" for a terminal, "github" for Markdown."""
+        cells = [[self._cell(value) for value in row] for row in self.rows]
         align = ["left"] + ["right"] * (len(self.headers) - 1)
-        return tabulate(
-            self.cells(), self.headers, style, disable_numparse=True, colalign=align[: self.width]
-        )
+        return tabulate(cells, self.headers, style, disable_numparse=True, colalign=align)
 
-    @property
-    def width(self) -> int:
-        return len(self.headers) if self.rows else 0
+    def _cell(self, value: Any) -> str:
+        return f"{value:.{self.digits}f}" if isinstance(value, float) else str(value)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one run of a recipe gave."""
-
-    name: str
-    history: History
-    model: nn.Module
-    predictions: Tensor  # of the test images (N), by the network of the last epoch
-    labels: Tensor  # (N)
-
-    @property
-    def accuracy(self) -> float:
-        """Test accuracy after the last epoch."""
-        return (self.predictions == self.labels).float().mean().item()
-
-
-@dataclass
 class Study:
     """One study's runs, as its ``options`` say; everything it writes lies in ``folder``."""
 
-    name: str
-    options: argparse.Namespace
-    started: float = field(default_factory=time.perf_counter)
-    outcomes: list[Outcome] = field(default_factory=list)
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        self.settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+        self.folder: Path = options.out / name
+        self.started = time.perf_counter()
+        self.runs: dict[str, History] = {}
 
-    @property
-    def folder(self) -> Path:
-        return self.options.out / self.name
+    def recipe(self, name: str, varied: dict[str, Any] | None = None, **defaults: Any) -> Recipe:
+        """The recipe ``name`` on --data: study's ``defaults``, then the command line's choices.
 
-    def recipe(
-        self, name: str, overrides: dict[str, Any] | None = None, epochs: int | None = None
-    ) -> Recipe:
-        """The recipe ``name`` with the study's overrides, then the command line's.
-
-        ``epochs`` stands above both.
+        ``varied`` is what the study is about, and stands above both.
         """
-        given = dict(recipes.parse_override(text) for text in self.options.set)
-        if epochs is None:
-            epochs = self.options.epochs
-        if epochs is not None:
-            given["epochs"] = epochs
-        return recipes.load(name, (overrides or {}) | given)
+        given = {"data.name": self.options.data, **defaults}
+        given |= dict(recipes.parse_override(text) for text in self.options.set)
+        if self.options.epochs is not None:
+            given["epochs"] = self.options.epochs
+        varied = varied or {}
+        if clash := sorted(given.keys() & varied.keys() - {"epochs"}):
+            raise UsageError(f"--set {clash[0]}: the study itself varies that")
+        return recipes.load(name, given | varied)
 
-    def train(
-        self, name: str, recipe: Recipe, seed: int = 0, prepare: Prepare | None = None
-    ) -> Outcome:
-        """Train ``recipe`` as run ``name``; ``prepare`` may change data, loss or network first."""
-        options = self.options
-        settings = Settings(
-            seed=seed,
-            device=options.device,
-            threads=options.threads,
-            limit=options.limit,
-            out=self.folder / "runs",
-        )
-        trainer = Trainer(replace(recipe, name=name), settings)
-        if prepare:
-            prepare(trainer)
-        print(f"{name}:", file=sys.stderr)
+    def images(self, recipe: Recipe) -> data.Images:
+        """The data of ``recipe``, at most --limit images of each split."""
+        images = data.load(**recipe.data, root=self.settings.root, download=self.settings.download)
+        return images.limited(self.settings.limit) if self.settings.limit else images
+
+    def trainer(
+        self, name: str, recipe: Recipe, seed: int, images: data.Images | None = None
+    ) -> Trainer:
+        """A trainer that writes to the study's folder ``runs/<name>``, or resumes from there."""
+        folder = self.folder / "runs" / name
+        resume = self.settings.resume and (folder / "last.pt").is_file()
+        limit = None if images else self.settings.limit
+        settings = replace(self.settings, seed=seed, limit=limit, resume=resume)
+        trainer = Trainer(replace(recipe, name=name), settings, images, folder)
+        trainer.leave_bars = False
+        return trainer
+
+    def fit(self, trainer: Trainer) -> dict[str, Any]:
+        """Train, print one line, and return the last epoch's metrics."""
         history = trainer.fit()
-        predictions, labels = predict(trainer)
-        outcome = Outcome(name, history, trainer.model, predictions, labels)
-        self.outcomes.append(outcome)
-        return outcome
+        name = trainer.recipe.name
+        self.runs[name] = history
+        seconds = sum(row["seconds"] for row in history)
+        if trainer.processes.first:
+            accuracy = history[-1]["test_accuracy"]
+            print(f"{name:<26} test accuracy {accuracy:.4f} after {seconds:5.1f} s", flush=True)
+        return history[-1]
 
-    def finish(self, tables: dict[str, Table], **values: Any) -> None:
-        """Print the tables, write results.json, and say where everything is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def finish(self, tables: dict[str, Table], pictures: dict[str, Figure], **values: Any) -> None:
+        """Print the tables, write them, the pictures and results.json, and say where they are."""
+        if not distributed.is_first():
+            return
         result = {
             "study": self.name,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "options": vars(self.options),
             "machine": machine(),
             "seconds": time.perf_counter() - self.started,
-            "tables": {
-                key: {"headers": table.headers, "rows": table.cells()}
-                for key, table in tables.items()
-            },
-            "runs": {outcome.name: outcome.history for outcome in self.outcomes},
             **values,
+            "runs": self.runs,
         }
+        for name, figure in pictures.items():
+            figure.savefig(self.folder / name, dpi=PICTURE_DPI)
         files.save_json(self.folder / "results.json", result)
+        text = "\n".join(f"{table.text('github')}\n" for table in tables.values())
+        files.save_text(self.folder / "results.md", text)
         for table in tables.values():
             print(f"\n{table.text()}")
         written = sorted(path.name for path in self.folder.iterdir() if path.is_file())
@@ -140,17 +118,12 @@ class Study:
 
 def parser(script: str, description: str, datasets: Iterable[str]) -> argparse.ArgumentParser:
     """The options of every study; each adds its own."""
-    result = Parser(prog=script, description=description)
+    result = cli.Parser(prog=script, description=description)
     add = result.add_argument
     add("--data", choices=list(datasets), default="digits", help="default: digits, embedded")
-    add("--root", type=Path, default=Path("data"), help="where MNIST and CIFAR-10 lie")
-    add("--download", action="store_true", help="download MNIST or CIFAR-10 to --root")
     add("--epochs", type=int, help="of every run")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="any value of the recipe")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--threads", type=int, help="CPU threads (default: torch's choice)")
-    add("--limit", type=int, help="train and test on at most so many images each")
-    add("--out", type=Path, default=Path("runs"), help="parent of the study's folder")
+    cli.add_settings(result)
     return result
 
 
@@ -161,23 +134,16 @@ def command(
     arguments: Sequence[str] | None,
 ) -> int:
     """Run a study as the command line says; the exit code."""
-    study = Study(name, options_parser.parse_args(arguments))
     try:
+        study = Study(name, options_parser.parse_args(arguments))
         run(study)
     except (UsageError, OSError) as error:
-        options_parser.error(str(error))
+        if distributed.is_first():  # all processes refuse the same
+            options_parser.error(str(error))
+        return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted; finished runs are in {study.folder / 'runs'}", file=sys.stderr)
         return 130
+    finally:
+        distributed.close()
     return 0
-
-
-@torch.no_grad()
-def predict(trainer: Trainer) -> tuple[Tensor, Tensor]:
-    """Predicted classes and labels of all test images, on the CPU: (N), (N)."""
-    trainer.model.eval()
-    predictions = [
-        trainer.model(images.to(trainer.device)).argmax(1).cpu()
-        for images, _ in data.batches(trainer.images.test, EVALUATION_BATCH)
-    ]
-    return torch.cat(predictions), trainer.images.test.tensors[1]
