@@ -32,7 +32,15 @@ RECIPES = {
 # Modules of dlops_examples.studies, and what makes each a matter of seconds with --quick. One has
 # main(arguments) -> exit code with --out and --threads; it writes results.md, its table, and
 # pictures into <out>/<name>/.
-STUDIES: dict[str, list[str]] = {}
+FEW = ["--limit", "64", "--epochs", "1"]
+STUDIES: dict[str, list[str]] = {
+    "long_tail": ["--epochs", "1", "--seeds", "1", "--head", "20", "--betas", "0.9"],
+    "batch_norm": [*FEW, "--factors", "1"],
+    "dropout": [*FEW, "--points", "2", "--sweep-epochs", "1", "--seeds", "1"],
+    "depth_width": [*FEW, "--budgets", "100"],
+    "feature_maps": [*FEW, "--images", "8"],
+    "exercises": [],
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

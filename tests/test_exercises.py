@@ -16,6 +16,7 @@ if not EXAMPLES.is_dir():
 sys.path.insert(0, str(EXAMPLES))
 
 from dlops_examples.exercises import EXERCISES, convolution, regression, relu  # noqa: E402
+from dlops_examples.studies import exercises  # noqa: E402
 
 import dlops.functional as F  # noqa: E402
 
@@ -109,18 +110,18 @@ def test_hessian_formula() -> None:
     assert formula.tolist() == [[1.0, -2.0], [-2.0, 4.0]]
 
 
-def test_script() -> None:
-    command = [sys.executable, str(EXAMPLES / "exercises.py")]
+def test_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "exercises.py"), "--out", str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[-1] == "all results are as expected"
+    assert lines[-1].startswith("all results are as expected; ")
+    table = (tmp_path / "exercises" / "results.md").read_text()
+    assert table.count(" yes |") == sum(CHECKS.values())
     assert [line for line in lines if line[:2] in {f"{n}." for n in CHECKS}] == list(EXERCISES)
 
 
 def test_script_fails_on_a_wrong_result(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import exercises
-
     monkeypatch.setattr(F, "max_pool2d", lambda images, size: images[..., ::size, ::size] * 2)
-    assert exercises.main() == 1
+    assert exercises.main(["--out", str(tmp_path)]) == 1
     assert "4 results are not as expected" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def _any_geometry() -> Check:
     geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (2, 3)}
     matrix = convolution_matrix(weight, (7, 6), **geometry)
     deviation = matrix @ image.flatten() - F.conv2d(image, weight, **geometry).flatten()
-    what = "largest |A·vec(x) - conv2d(x)|: 3→4 channels, 3x2 kernel, stride, padding, dilation"
+    what = "A·vec(x) against conv2d(x), with stride, padding, dilation: difference"
     return equal(what, deviation.abs().max().item(), 0.0)
 
 

@@ -21,7 +21,7 @@ class Setting:
     seeds: int
 
 
-SETTINGS = {"digits": Setting(2, 3), "mnist": Setting(1, 1), "cifar10": Setting(1, 1)}
+SETTINGS = {"digits": Setting(2, 3), "mnist": Setting(1, 1)}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -43,13 +43,13 @@ def run(study: Study) -> None:
     normalized = trainer.normalize(images) if trainer.normalize else images
     found, predicted = grad_cam.layer_maps(trainer.model, normalized.to(trainer.device), layers)
     rows, pictures = [], {}
-    for name, maps in found.items():
+    for number, (name, maps) in enumerate(found.items(), 1):
         channels = options.channels or maps.top_channels(3)
         if max(channels) >= maps.weight.shape[1] or min(channels) < 0:
             raise UsageError(f"layer {name} has channels 0 to {maps.weight.shape[1] - 1}")
         chosen = {channel: maps.top_images(channel, SHOWN) for channel in channels}
         classes = [trainer.images.classes[i] for i in predicted.tolist()]
-        pictures[f"{name}.png"] = figure(name, maps, chosen, images, classes)
+        pictures[f"layer{number}.png"] = figure(name, maps, chosen, images, classes)
         rows += [row(name, maps, chosen, channel, classes, labels) for channel in channels]
     headers = ["layer", "maps", "channel", "images", "predicted", "labels", "gradients"]
     study.finish({"maps": Table(headers, rows)}, pictures)
@@ -116,5 +116,5 @@ def figure(
             overlaid.set_title(
                 f"channel {channel}, {maps.weight[i, channel]:.2g}", fontsize="small"
             )
-    result.suptitle(f"{name}: activation x gradient of one channel")
+    result.suptitle(f"layer {name}: activation x gradient of one channel")
     return result

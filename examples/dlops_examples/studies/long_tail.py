@@ -124,8 +124,8 @@ def summary(accuracies: Accuracies) -> Table:
     """Head, tail, mean and worst class: mean over the seeds, and their standard deviation."""
 
     def spread(values: list[float]) -> str:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return f"{statistics.fmean(values):.3f} ± {deviation:.3f}"
+        deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.3f}{deviation}"
 
     rows = [
         [

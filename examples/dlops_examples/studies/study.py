@@ -55,14 +55,13 @@ class Study:
 
         ``varied`` is what the study is about, and stands above both.
         """
-        given = {"data.name": self.options.data, **defaults}
-        given |= dict(recipes.parse_override(text) for text in self.options.set)
+        given = dict(recipes.parse_override(text) for text in self.options.set)
+        varied = varied or {}
+        if clash := sorted(given.keys() & varied.keys()):
+            raise UsageError(f"--set {clash[0]}: the study itself varies that")
         if self.options.epochs is not None:
             given["epochs"] = self.options.epochs
-        varied = varied or {}
-        if clash := sorted(given.keys() & varied.keys() - {"epochs"}):
-            raise UsageError(f"--set {clash[0]}: the study itself varies that")
-        return recipes.load(name, given | varied)
+        return recipes.load(name, {"data.name": self.options.data} | defaults | given | varied)
 
     def images(self, recipe: Recipe) -> data.Images:
         """The data of ``recipe``, at most --limit images of each split."""
