@@ -110,7 +110,7 @@ def test_every_class_balanced_loss_is_dlops(tmp_path: Path, monkeypatch: Any) ->
         lambda self, counts, **others: noting(self, counts, **others),
     )
     quick = ["--epochs", "1", "--seeds", "1", "--head", "20", "--factor", "0.1"]
-    losses = ["--losses", "softmax", "sigmoid", "--betas", "0.9", "--gamma", "2"]
+    losses = ["--losses", "sigmoid", "softmax", "--betas", "0.9", "--gamma", "2"]
     found = results(long_tail, tmp_path, *quick, *losses, "--sigma", "0")
     counts = found["counts"]
     assert counts[0], counts[-1] == (20, 2)

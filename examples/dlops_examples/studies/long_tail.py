@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from .. import imbalance
 from ..data import Images
 from ..errors import UsageError
@@ -103,13 +105,23 @@ def run(study: Study) -> None:
                 f"head {options.head}, factor {options.factor:g}",
             )
             accuracies[label].append(study.fit(trainer)["test_class_accuracy"])
-    ticks = [f"{name}\n{count}" for name, count in zip(images.classes, counts, strict=True)]
     study.finish(
         {"by class": by_class(accuracies, counts), "summary": summary(accuracies)},
-        {"accuracy_by_class.png": plots.grouped_bars(accuracies, ticks)},
+        {"accuracy_by_class.png": picture(accuracies, images.classes, counts)},
         counts=counts,
         accuracies=accuracies,
     )
+
+
+def picture(accuracies: Accuracies, classes: list[str], counts: list[int]) -> Figure:
+    """One panel a form of the class-balanced loss, each with the other losses."""
+    forms = [form for form in ("softmax", "sigmoid") if any(form in k for k in accuracies)]
+    panels = [
+        {label: runs for label, runs in accuracies.items() if label[:2] != "CB" or form in label}
+        for form in forms
+    ]
+    ticks = [f"{name}\n{count}" for name, count in zip(classes, counts, strict=True)]
+    return plots.grouped_bars(panels or [accuracies], ticks)
 
 
 def by_class(accuracies: Accuracies, counts: list[int]) -> Table:
