@@ -107,7 +107,7 @@ def figure(
     for line, (channel, indices) in zip(panels, chosen.items(), strict=True):
         for plain, overlaid, i in zip(line[::2], line[1::2], indices, strict=True):
             picture = images[i].permute(1, 2, 0).clamp(0, 1).numpy()
-            heat = maps.heat_map(i, channel, tuple(images.shape[2:])).cpu().numpy()
+            heat = maps.heat_map(i, channel, images.shape[2:]).cpu().numpy()
             for panel in (plain, overlaid):
                 panel.imshow(picture, cmap="gray", vmin=0, vmax=1)
                 panel.axis("off")

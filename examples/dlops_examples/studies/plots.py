@@ -16,7 +16,7 @@ Panels = Sequence[Any]
 def subplots(columns: int, rows: int = 1) -> tuple[Figure, Panels]:
     """A figure and its panels, row by row, each with a grid."""
     figure = Figure(figsize=(10, 1 + 3 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
