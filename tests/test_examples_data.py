@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import pickle
 import shutil
 import struct
@@ -268,3 +269,44 @@ def test_normalisation_is_for_test_images_too() -> None:
 def test_bad_transforms(step: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         builders.transforms([step], "augment")
+
+
+def study_recipes(name: str, root: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The recipe of every run of a study on the files below ``root``, after one epoch of each."""
+    study = importlib.import_module(f"dlops_examples.studies.{name}")
+    options = ["--root", str(root), "--out", str(root), "--epochs", "1", "--threads", "1"]
+    assert study.main([*options, *arguments]) == 0
+    folders = sorted((root / name / "runs").iterdir())
+    return [example_runs.metrics(folder)["identity"]["recipe"] for folder in folders]
+
+
+def test_studies_on_cifar10(cifar10: Path) -> None:
+    few = ["--data", "cifar10", "--head", "5", "--factor", "0.2", "--seeds", "1"]
+    ours = study_recipes("long_tail", cifar10, *few, "--losses", "ce", "softmax")
+    losses = ["cross_entropy", *["class_balanced_softmax"] * 3]
+    assert sorted(recipe["loss"]["name"] for recipe in ours) == sorted(losses)
+    for recipe in ours:
+        assert (recipe["network"]["name"], recipe["batch_size"]) == ("resnet", 128)
+        assert recipe["optimizer"]["lr"] == 0.005
+        assert [step["name"] for step in recipe["augment"]] == [
+            "RandomCrop",
+            "RandomHorizontalFlip",
+        ]
+    ours = study_recipes("batch_norm", cifar10, "--data", "cifar10", "--factors", "1", "5")
+    assert sorted(recipe["optimizer"]["lr"] for recipe in ours) == pytest.approx(
+        [1e-4] * 2 + [5e-4] * 2
+    )
+    assert {tuple(recipe["network"]["widths"]) for recipe in ours} == {(32, 64, 128)}
+    maps = ["--recipe", "vanilla", "--images", "10", "--data", "cifar10"]
+    assert len(study_recipes("feature_maps", cifar10, *maps)) == 1
+
+
+def test_studies_on_mnist(mnist: Path) -> None:
+    ours = study_recipes("dropout", mnist, "--data", "mnist", "--points", "2")
+    assert [recipe["data"]["name"] for recipe in ours] == ["mnist"] * 3  # 0, 1 and the best again
+    ours = study_recipes("depth_width", mnist, "--data", "mnist", "--budgets", "200")
+    assert sorted(recipe["network"]["units"] for recipe in ours) == [
+        [50] * 4,
+        [66] * 3,
+        [100] * 2,
+    ]

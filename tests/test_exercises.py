@@ -6,19 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import example_runs
 import pytest
 import torch
+from dlops_examples.exercises import EXERCISES, convolution, regression, relu
+from dlops_examples.studies import exercises
 from torch import nn
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-if not EXAMPLES.is_dir():
-    pytest.skip("the examples are not beside these tests", allow_module_level=True)
-sys.path.insert(0, str(EXAMPLES))
-
-from dlops_examples.exercises import EXERCISES, convolution, regression, relu  # noqa: E402
-from dlops_examples.studies import exercises  # noqa: E402
-
-import dlops.functional as F  # noqa: E402
+import dlops.functional as F
 
 pytestmark = pytest.mark.example
 
@@ -88,8 +83,7 @@ def test_binary_cross_entropy_is_native() -> None:
 @pytest.mark.parametrize("kind", [nn.ReLU, nn.Sigmoid])
 def test_zero_weights_keep_units_alike(kind: type[nn.Module]) -> None:
     """With ReLU no weight ever moves; with sigmoid they move, but all units together."""
-    network = relu.trained_from_zero(kind(), relu.logical_or(relu.INPUTS))
-    hidden, output = network[0], network[2]
+    hidden, output = relu.trained_from_zero(kind(), relu.logical_or(relu.INPUTS))
     assert torch.equal(hidden.weight, hidden.weight[:1].expand_as(hidden.weight))
     assert torch.equal(output.weight, output.weight[:, :1].expand_as(output.weight))
     assert hidden.weight.any().item() == output.weight.any().item() == (kind is nn.Sigmoid)
@@ -111,7 +105,7 @@ def test_hessian_formula() -> None:
 
 
 def test_script(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "exercises.py"), "--out", str(tmp_path)]
+    command = [sys.executable, str(example_runs.EXAMPLES / "exercises.py"), "--out", str(tmp_path)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[-1].startswith("all results are as expected; ")
     table = (tmp_path / "exercises" / "results.md").read_text()

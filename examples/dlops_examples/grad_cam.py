@@ -1,6 +1,6 @@
 """Which regions of an image excite one feature map: Grad-CAM on single channels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +25,15 @@ class LayerMaps:
         """The images on which ``channel`` has its largest weight, largest first."""
         return self.weight[:, channel].topk(count).indices.tolist()
 
-    def heat_map(self, image: int, channel: int, size: tuple[int, int]) -> Tensor:
+    def heat_map(self, image: int, channel: int, size: Sequence[int]) -> Tensor:
         """Activation times weight of that one channel, enlarged to ``size``: (H, W).
 
         Only what speaks for the predicted class is kept, as in Grad-CAM (ReLU).
         """
         product = self.activation[image, channel] * self.weight[image, channel]
-        enlarged = F.interpolate(product[None, None], size, mode="bilinear", align_corners=False)
+        enlarged = F.interpolate(
+            product[None, None], list(size), mode="bilinear", align_corners=False
+        )
         return enlarged[0, 0].relu()
 
 
@@ -68,7 +70,7 @@ def layer_maps(
         )
     outputs: dict[str, Tensor] = {}
 
-    def keep(name: str):  # type: ignore[no-untyped-def]
+    def keep(name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
             outputs[name] = output
             return output.clone()  # an in-place ReLU that follows must not change what is kept

@@ -52,9 +52,8 @@ def describe_matrix(matrix: Tensor, width: int = 3) -> list[str]:
 
 def as_matrix() -> list[Check]:
     weight = torch.arange(1.0, 10).view(1, 1, 3, 3)
-    geometry = {"size": (3, 3), "stride": 4, "padding": 2}
-    matrix = convolution_matrix(weight, **geometry)
-    flipped = convolution_matrix(weight.flip(2, 3), **geometry)
+    matrix = convolution_matrix(weight, (3, 3), stride=4, padding=2)
+    flipped = convolution_matrix(weight.flip(2, 3), (3, 3), stride=4, padding=2)
     checks = [
         equal("shape of A: 3x3 image and kernel, stride 4, padding 2", tuple(matrix.shape), (4, 9)),
         equal("non-zero entries in each row", (matrix != 0).sum(1).tolist(), [1, 1, 1, 1]),
@@ -73,9 +72,10 @@ def _any_geometry() -> Check:
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(-4, 5, (3, 7, 6), generator=generator).double()
     weight = torch.randint(-4, 5, (4, 3, 3, 2), generator=generator).double()
-    geometry = {"stride": (2, 1), "padding": (1, 2), "dilation": (2, 3)}
-    matrix = convolution_matrix(weight, (7, 6), **geometry)
-    deviation = matrix @ image.flatten() - F.conv2d(image, weight, **geometry).flatten()
+    stride, padding, dilation = (2, 1), (1, 2), (2, 3)
+    matrix = convolution_matrix(weight, (7, 6), stride, padding, dilation)
+    output = F.conv2d(image, weight, None, stride, padding, dilation)
+    deviation = matrix @ image.flatten() - output.flatten()
     what = "A·vec(x) against conv2d(x), with stride, padding, dilation: difference"
     return equal(what, deviation.abs().max().item(), 0.0)
 

@@ -53,12 +53,15 @@ def binary_cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean"
     return sigmoid_focal_loss(logits, labels, alpha=-1.0, gamma=0.0, reduction=reduction)
 
 
-def trained_from_zero(activation: nn.Module, labels: Tensor, steps: int = 200) -> nn.Sequential:
-    """A 2-4-1 network whose parameters all start at zero, after ``steps`` of gradient descent.
+def trained_from_zero(
+    activation: nn.Module, labels: Tensor, steps: int = 200
+) -> tuple[nn.Linear, nn.Linear]:
+    """Both layers of a 2-4-1 network of zeros, after ``steps`` of gradient descent.
 
     Gradients of the last step are left in place.
     """
-    network = nn.Sequential(nn.Linear(2, 4), activation, nn.Linear(4, 1))
+    hidden, output = nn.Linear(2, 4), nn.Linear(4, 1)
+    network = nn.Sequential(hidden, activation, output)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
@@ -66,7 +69,7 @@ def trained_from_zero(activation: nn.Module, labels: Tensor, steps: int = 200) -
         optimizer.zero_grad()
         binary_cross_entropy(network(INPUTS)[:, 0], labels).backward()
         optimizer.step()
-    return network
+    return hidden, output
 
 
 def dead_units(shuffled: bool, units: int = 64, seed: int = 0) -> tuple[int, float]:
@@ -111,17 +114,15 @@ def _logic() -> list[Check]:
 def _zero_weights() -> list[Check]:
     labels = logical_or(INPUTS)
     relu, sigmoid = (trained_from_zero(kind, labels) for kind in (nn.ReLU(), nn.Sigmoid()))
-    largest = max(
-        tensor.abs().max().item()
-        for layer in (relu[0], relu[2])
-        for tensor in (layer.weight, layer.weight.grad)
-    )
+    tensors = [tensor for layer in relu for tensor in (layer.weight, layer.weight.grad)]
+    largest = max(tensor.abs().max().item() for tensor in tensors if tensor is not None)
     weight = sigmoid[0].weight
+    alike = torch.equal(weight, weight[:1].expand_as(weight))
     return [
         equal("ReLU, trained from zero weights: largest weight and gradient", largest, 0.0),
         equal(
             "sigmoid, trained from zero weights: all units alike",
-            bool((weight == weight[0]).all()),
+            alike,
             True,
         ),
         at_least("though they did move: largest weight", weight.abs().max().item(), 0.1),

@@ -106,12 +106,12 @@ def figure(
     panels = result.subplots(len(chosen), 2 * SHOWN, squeeze=False)
     for line, (channel, indices) in zip(panels, chosen.items(), strict=True):
         for plain, overlaid, i in zip(line[::2], line[1::2], indices, strict=True):
-            picture = images[i].permute(1, 2, 0).clamp(0, 1)
-            heat = maps.heat_map(i, channel, tuple(images.shape[2:]))
+            picture = images[i].permute(1, 2, 0).clamp(0, 1).numpy()
+            heat = maps.heat_map(i, channel, images.shape[2:]).cpu().numpy()
             for panel in (plain, overlaid):
                 panel.imshow(picture, cmap="gray", vmin=0, vmax=1)
                 panel.axis("off")
-            overlaid.imshow(heat.cpu(), cmap="inferno", alpha=0.6)
+            overlaid.imshow(heat, cmap="inferno", alpha=0.6)
             plain.set_title(f"image {i}, as {classes[i]}", fontsize="small")
             overlaid.set_title(
                 f"channel {channel}, {maps.weight[i, channel]:.2g}", fontsize="small"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from .. import imbalance
 from ..data import Images
 from ..errors import UsageError
@@ -32,8 +34,6 @@ SETTINGS = {
     "mnist": Setting("long_tail_digits", 5000, 1.5, (0.99, 0.999, 0.9999)),
     "cifar10": Setting("resnet32", 5000, 0.0, (0.99, 0.999, 0.99999), {"optimizer.lr": 0.005}),
 }
-
-
 # The names that --losses takes, and the recipe's names of those losses.
 LOSSES = {
     "ce": "cross_entropy",
@@ -59,13 +59,7 @@ def tables(names: Sequence[str], betas: Sequence[float], gamma: float) -> dict[s
 def build_parser() -> argparse.ArgumentParser:
     result = parser("long_tail.py", __doc__ or "", SETTINGS)
     add = result.add_argument
-    add(
-        "--losses",
-        nargs="+",
-        choices=LOSSES,
-        default=list(LOSSES),
-        help="the last two: class-balanced",
-    )
+    add("--losses", nargs="+", choices=LOSSES, default=list(LOSSES), help="default: all")
     add("--betas", nargs="+", type=float, help="of the class-balanced losses (default: by --data)")
     add("--gamma", type=float, default=1.0, help="of the focal losses (default: 1)")
     add("--factor", type=float, default=0.02, help="last class over first (default: 0.02)")
@@ -87,28 +81,47 @@ def run(study: Study) -> None:
             setattr(options, name, getattr(setting, name))
     if options.seeds < 1:
         raise UsageError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.sigma < 0:
+        raise UsageError(f"--sigma must not be negative, got {options.sigma:g}")
+    balanced = study.recipe(setting.recipe)
     noise = {"name": "GaussianNoise", "sigma": options.sigma, "clip": False}
-    defaults = setting.overrides | ({"augment": [noise]} if options.sigma else {})
-    images = study.images(study.recipe(setting.recipe))
+    augment = [*balanced.augment, noise] if options.sigma else balanced.augment
+    images = study.images(balanced)
     counts = imbalance.class_counts(options.head, options.factor, len(images.classes))
     test = imbalance.with_noise(images.test, options.sigma)
+    if 0 in test.tensors[1].bincount(minlength=len(counts)):
+        raise UsageError("--limit leaves a class without a test image: give a larger one")
     accuracies: Accuracies = {}
     for label, loss in tables(options.losses, options.betas, options.gamma).items():
-        recipe = study.recipe(setting.recipe, loss, **defaults)
+        recipe = study.recipe(setting.recipe, loss, **setting.overrides, augment=augment)
         accuracies[label] = []
         for seed in range(options.seed, options.seed + options.seeds):
             train = imbalance.subsample(images.train, counts, seed)
             trainer = study.trainer(
-                f"{label}, seed {seed}", recipe, seed, Images(train, test, images.classes)
+                f"{label}, seed {seed}",
+                recipe,
+                seed,
+                Images(train, test, images.classes),
+                f"head {options.head}, factor {options.factor:g}",
             )
             accuracies[label].append(study.fit(trainer)["test_class_accuracy"])
-    ticks = [f"{name}\n{count}" for name, count in zip(images.classes, counts, strict=True)]
     study.finish(
         {"by class": by_class(accuracies, counts), "summary": summary(accuracies)},
-        {"accuracy_by_class.png": plots.grouped_bars(accuracies, ticks)},
+        {"accuracy_by_class.png": picture(accuracies, images.classes, counts)},
         counts=counts,
         accuracies=accuracies,
     )
+
+
+def picture(accuracies: Accuracies, classes: list[str], counts: list[int]) -> Figure:
+    """One panel a form of the class-balanced loss, each with the other losses."""
+    forms = [form for form in ("softmax", "sigmoid") if any(form in k for k in accuracies)]
+    panels = [
+        {label: runs for label, runs in accuracies.items() if label[:2] != "CB" or form in label}
+        for form in forms
+    ]
+    ticks = [f"{name}\n{count}" for name, count in zip(classes, counts, strict=True)]
+    return plots.grouped_bars(panels or [accuracies], ticks)
 
 
 def by_class(accuracies: Accuracies, counts: list[int]) -> Table:

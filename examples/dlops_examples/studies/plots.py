@@ -13,33 +13,46 @@ from ..logs import History
 Panels = Sequence[Any]
 
 
-def subplots(count: int) -> tuple[Figure, Panels]:
-    """A figure with ``count`` panels side by side, each with a grid."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
+def subplots(columns: int, rows: int = 1) -> tuple[Figure, Panels]:
+    """A figure and its panels, row by row, each with a grid."""
+    figure = Figure(figsize=(10, 1 + 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.set_axisbelow(True)
     return figure, panels
 
 
-def grouped_bars(groups: dict[str, list[list[float]]], classes: Sequence[str]) -> Figure:
-    """One bar a class for every label: the mean over runs, with the range of the runs."""
-    figure, (panel,) = subplots(1)
-    width = 0.8 / len(groups)
-    colors = colormaps["viridis"].resampled(len(groups))
-    for i, (label, runs) in enumerate(groups.items()):
-        columns = list(zip(*runs, strict=True))
-        means = [statistics.fmean(values) for values in columns]
-        below = [mean - min(values) for mean, values in zip(means, columns, strict=True)]
-        above = [max(values) - mean for mean, values in zip(means, columns, strict=True)]
-        positions = [k - 0.4 + (i + 0.5) * width for k in range(len(columns))]
-        panel.bar(positions, means, width, label=label, color=colors(i))
-        panel.errorbar(positions, means, (below, above), fmt="none", ecolor="gray", elinewidth=0.8)
-    panel.set_xticks(range(len(classes)), classes)
-    panel.set(xlabel="class, and its training samples", ylabel="test accuracy", ylim=(0, 1))
-    panel.legend(ncols=len(groups), loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+def grouped_bars(
+    panels_of_groups: Sequence[dict[str, list[list[float]]]], classes: Sequence[str]
+) -> Figure:
+    """A panel for each mapping of labels to runs: a bar for each label and class.
+
+    A bar is the mean over runs of one class's accuracy, with the range of the runs.
+    """
+    figure, panels = subplots(1, len(panels_of_groups))
+    for panel, groups in zip(panels, panels_of_groups, strict=True):
+        width = 0.8 / len(groups)
+        colors = colormaps["viridis"].resampled(len(groups))
+        for i, (label, runs) in enumerate(groups.items()):
+            positions = [k - 0.4 + (i + 0.5) * width for k in range(len(classes))]
+            _bars(panel, positions, runs, width, {"label": label, "color": colors(i)})
+        panel.set_xticks(range(len(classes)), classes)
+        panel.set(ylabel="test accuracy", ylim=(0, 1))
+        panel.legend(ncols=len(groups), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    panels[-1].set(xlabel="class, and its training samples")
     return figure
+
+
+def _bars(
+    panel: Any, positions: list[float], runs: list[list[float]], width: float, style: Any
+) -> None:
+    columns = list(zip(*runs, strict=True))
+    means = [statistics.fmean(values) for values in columns]
+    below = [mean - min(values) for mean, values in zip(means, columns, strict=True)]
+    above = [max(values) - mean for mean, values in zip(means, columns, strict=True)]
+    panel.bar(positions, means, width, **style)
+    panel.errorbar(positions, means, (below, above), fmt="none", ecolor="gray", elinewidth=0.8)
 
 
 def curves(pairs: dict[str, tuple[History, History]], names: tuple[str, str]) -> Figure:

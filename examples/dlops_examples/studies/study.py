@@ -1,6 +1,7 @@
 """What the studies share: options, runs of a recipe, printed tables and the result files."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -69,10 +70,19 @@ class Study:
         return images.limited(self.settings.limit) if self.settings.limit else images
 
     def trainer(
-        self, name: str, recipe: Recipe, seed: int, images: data.Images | None = None
+        self,
+        name: str,
+        recipe: Recipe,
+        seed: int,
+        images: data.Images | None = None,
+        variant: str = "",
     ) -> Trainer:
-        """A trainer that writes to the study's folder ``runs/<name>``, or resumes from there."""
-        folder = self.folder / "runs" / name
+        """A trainer that writes to the study's folder ``runs``, or resumes from there.
+
+        ``variant`` says what ``images`` are where the recipe does not: runs on other images have
+        another folder.
+        """
+        folder = self.folder / "runs" / slug(f"{variant} {name}")
         resume = self.settings.resume and (folder / "last.pt").is_file()
         limit = None if images else self.settings.limit
         settings = replace(self.settings, seed=seed, limit=limit, resume=resume)
@@ -104,6 +114,7 @@ class Study:
             **values,
             "runs": self.runs,
         }
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name, figure in pictures.items():
             figure.savefig(self.folder / name, dpi=PICTURE_DPI)
         files.save_json(self.folder / "results.json", result)
@@ -113,6 +124,11 @@ class Study:
             print(f"\n{table.text()}")
         written = sorted(path.name for path in self.folder.iterdir() if path.is_file())
         print(f"\nwritten to {self.folder}: {', '.join(written)}")
+
+
+def slug(name: str) -> str:
+    """``name`` as the name of a folder: ASCII, without spaces."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name.replace("β", "beta")).strip("-")
 
 
 def parser(script: str, description: str, datasets: Iterable[str]) -> argparse.ArgumentParser:
@@ -141,7 +157,7 @@ def command(
             options_parser.error(str(error))
         return 2
     except KeyboardInterrupt:
-        print(f"\ninterrupted; finished runs are in {study.folder / 'runs'}", file=sys.stderr)
+        print("\ninterrupted: with --resume, finished epochs are kept", file=sys.stderr)
         return 130
     finally:
         distributed.close()
