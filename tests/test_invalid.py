@@ -189,6 +189,7 @@ FOCAL = [
     refused_loss("target_of_image", "target", "9", IMAGES, IMAGE_LABELS[..., :5] + 9),
     refused_loss("target_of_row", "target", "7", LOGITS[0], torch.tensor(7)),
     refused_loss("target_batch", "target", "4, 5", LOGITS, LABELS[:4]),
+    refused_loss("indices_of_row_as_probabilities", "target", "4", LOGITS[0], LABELS[:4]),
     refused_loss("target_scalar", "target", "5", LOGITS, LABELS[0]),
     refused_loss("target_rank", "target", "5, 1", LOGITS, LABELS[:, None]),
     refused_loss("target_image", "target", "2, 4, 6", IMAGES, IMAGE_LABELS),

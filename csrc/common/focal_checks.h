@@ -103,6 +103,9 @@ inline FocalShape check_focal_loss(const at::Tensor& input, const at::Tensor& ta
     TORCH_CHECK(target.scalar_type() == at::kLong, op,
                 ": target must hold class indices (int64) or class probabilities, got ",
                 target.scalar_type());
+    TORCH_CHECK(batched || target.sizes() != input.sizes(), op,
+                ": target in the shape of input must hold class probabilities, got ",
+                target.scalar_type(), " of shape ", target.sizes());
     TORCH_CHECK_VALUE(batched || target.dim() != 1, op,
                       ": expected target of one class for input of ", "shape ", input.sizes(),
                       ", got target of shape ", target.sizes());

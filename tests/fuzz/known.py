@@ -129,6 +129,12 @@ def gamma_out_of_formula(op: str, call: Call) -> bool:
     return isinstance(gamma, (int, float)) and not 0 <= gamma <= 1000
 
 
+def formula_without_elements(op: str, call: Call) -> bool:
+    spec = call.specs.get("input")
+    empty = spec is not None and 0 in spec.shape
+    return op == "focal_loss" and empty and call.arguments["gamma"] != 0
+
+
 # Native is not run, or its result is no measure. Ours must answer, or (always, where `refused`)
 # refuse, and touch no memory.
 NATIVE_FAULTS = [
@@ -137,6 +143,7 @@ NATIVE_FAULTS = [
     Known("native conv2d without input channels gives an output without channels", no_channels),
     Known("native takes tensors on the CPU and the meta device together", mixed_devices),
     Known("the formula in native operators holds for moderate gammas", gamma_out_of_formula),
+    Known("the formula in native operators needs elements", formula_without_elements),
 ]
 
 
@@ -169,6 +176,17 @@ def many_classes(op: str, call: Call) -> bool:
     return op == "focal_loss" and spec is not None and max(spec.shape, default=0) > 2**24
 
 
+def bias_of_other_dtype(op: str, call: Call) -> bool:
+    spec, bias = call.specs.get("input"), call.specs.get("bias")
+    return op == "conv2d" and spec is not None and bias is not None and bias.dtype != spec.dtype
+
+
+def padded_past_62_bits(op: str, call: Call) -> bool:
+    window = axes(op, call) if op == "conv2d" else None
+    same = call.arguments.get("padding") == "same"
+    return window is not None and same and any(axis.span > 2**62 - axis.size for axis in window)
+
+
 def batch_checked_less(op: str, call: Call) -> bool:
     spec = call.specs.get("input")
     return op == "conv2d" and spec is not None and math.prod(spec.shape) == 0
@@ -180,6 +198,8 @@ REFUSALS = [
     Known("class probabilities must have the dtype of the logits", mixed_probabilities),
     Known("the weight must have the dtype of the logits", weight_of_other_dtype),
     Known("a label_smoothing that is NaN is outside of [0, 1]", smoothing_is_nan),
+    Known("the bias must have the dtype of the input", bias_of_other_dtype),
+    Known("a padded input has at most 2^62 rows and columns", padded_past_62_bits),
     Known("at most 2^24 classes", many_classes),
     Known("an empty batch is checked like any other", batch_checked_less),
 ]
@@ -250,7 +270,7 @@ def class_in_a_list(op: str, call: Call) -> bool:
     logits, target = call.specs.get("input"), call.specs.get("target")
     if op != "focal_loss" or logits is None or target is None:
         return False
-    return len(logits.shape) == 1 and target.shape == (1,)
+    return len(logits.shape) == 1 and logits.shape != target.shape == (1,)
 
 
 def byte_targets(op: str, call: Call) -> bool:

@@ -45,9 +45,12 @@ def perform(side: Any, op: str, call: Call, tensors: dict[str, Tensor | None]) -
         if gamma == 0:
             return native.cross_entropy(**tensors, **arguments)  # type: ignore[arg-type]
         native.cross_entropy(**tensors, **arguments)  # type: ignore[arg-type]  # refuses alike
-        target = tensors["target"]
-        if target is not None and target.dtype == torch.uint8:
-            tensors = {**tensors, "target": target.long()}
+        logits, target = tensors["input"], tensors["target"]
+        assert logits is not None
+        assert target is not None
+        if not target.is_floating_point():  # what cross_entropy does with it
+            target = target.long().squeeze(0) if logits.dim() == 1 else target.long()
+            tensors = {**tensors, "target": target}
         # Native reads a negative smoothing as none.
         arguments["label_smoothing"] = max(arguments["label_smoothing"], 0.0)
         return native.focal_loss(**tensors, **arguments, gamma=gamma)  # type: ignore[arg-type]
