@@ -284,7 +284,8 @@ void grad_weight(const Conv2dGeometry& g, const scalar_t* grad_output, const sca
     }
   });
   for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
-  for (int64_t i = 0; i < g.O * T; ++i) result[i] = static_cast<scalar_t>(static_cast<sum_t>(sum_data[i]));
+  for (int64_t i = 0; i < g.O * T; ++i)
+    result[i] = static_cast<scalar_t>(static_cast<sum_t>(sum_data[i]));
 }
 
 }  // namespace
