@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory``: peak memory of forward and backward beside native's, as a table."""
+"""``python -m benchmarks.memory``: peak memory of forward + backward beside native's, a table."""
 
 import argparse
 import os
@@ -20,8 +20,8 @@ from .run import OPS
 
 HEAD = """# Peak memory beside native's
 
-Forward and backward, MiB beyond the inputs, as tests/peak.py measures it: tensors, scratch memory and
-what libraries take. Two threads; **bold**: more than native's plus 2 MiB a thread.
+Forward and backward, MiB beyond the inputs, as tests/peak.py measures it: tensors, scratch memory
+and what libraries take. Two threads; **bold**: more than native's plus 2 MiB a thread.
 `python -m benchmarks.memory` writes this page.
 
 | dtype | op | case | layout | native | dlops | difference |
