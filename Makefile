@@ -16,7 +16,8 @@ CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 BUILD_FILES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help env build train test bench lint format wheel-test test-matrix build-memory cuda-compile clean
+.PHONY: help env build train experiments test bench lint format wheel-test cuda-compile clean \
+	test-matrix build-memory test-large fuzz sanitize
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 24
@@ -27,8 +28,20 @@ build: $(VENV)/.built ## build dlops and install it, editable
 train: build ## train the default network on dlops' layers
 	$(PY) examples/train.py $(ARGS)
 
+experiments: build ## run every experiment on its defaults (half an hour on two cores)
+	$(PY) examples/run_all.py $(ARGS)
+
 test: build ## run the test suite
 	$(PY) -m pytest $(ARGS)
+
+test-large: build ## tests of more than 2^31 elements: minutes, and up to 15 GiB of free memory
+	DLOPS_TEST_LARGE=1 $(PY) -m pytest tests/large -rP $(ARGS)
+
+fuzz: build ## 20,000 generated calls of each op against native
+	DLOPS_FUZZ_EXAMPLES=20000 $(PY) -m pytest tests/fuzz $(ARGS)
+
+sanitize: env ## run the op tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	scripts/sanitize.sh $(PY) $(ARGS)
 
 bench: build ## time every op against the native one
 	$(PY) -m benchmarks $(ARGS)

@@ -39,6 +39,7 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wextra",
+    "-Wconversion",
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-extended-lambda"]  # and torch's own
 
@@ -80,6 +81,11 @@ def job_count() -> int:
         return int(asked)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(len(os.sched_getaffinity(0)), memory // (3 << 30)))
+
+
+def extra_flags() -> list[str]:
+    """Flags for compiler and linker after our own, such as scripts/sanitize.sh's."""
+    return shlex.split(os.environ.get("DLOPS_CXX_FLAGS", ""))
 
 
 def warnings_are_errors() -> bool:
@@ -143,8 +149,11 @@ class BuildExt(cpp_extension.BuildExtension):
         system = [flag for path in ext.include_dirs for flag in ("-isystem", path)]
         ext.include_dirs = [str(ROOT / "csrc")]
         strict = ["-Werror"] if warnings_are_errors() else []
-        ext.extra_compile_args = {"cxx": [*CXX_FLAGS, *strict, *path_maps(), *system]}
-        ext.extra_link_args = ["-fopenmp", "-Wl,--strip-debug"]
+        flags = [*CXX_FLAGS, *strict, *path_maps(), *system, *extra_flags()]
+        ext.extra_compile_args = {"cxx": flags}
+        # Debug information stays where it was asked for.
+        strip = [] if "-g" in extra_flags() else ["-Wl,--strip-debug"]
+        ext.extra_link_args = ["-fopenmp", *strip, *extra_flags()]
 
     def drop_run_paths(self):
         """A Python that was linked with a run path hands it down: this machine's, in the binary."""

@@ -55,11 +55,4 @@ DLOPS_HOST_DEVICE Interval inside_columns(const Conv2dGeometry& g, int64_t s) {
   return {begin, end};
 }
 
-// floor((input + padding - dilation * (kernel - 1) - 1) / stride) + 1, with the whole padding of
-// both sides; the same formula as torch.nn.Conv2d's.
-DLOPS_HOST_DEVICE int64_t conv_output_size(int64_t input, int64_t kernel, int64_t stride,
-                                           int64_t padding_both, int64_t dilation) {
-  return (input + padding_both - dilation * (kernel - 1) - 1) / stride + 1;
-}
-
 }  // namespace dlops

@@ -99,7 +99,8 @@ struct SoftSigmoidFocal {
     const T larger = T(1) / (T(1) + e), smaller = e * larger;
     const T p = logit >= 0 ? larger : smaller;
     const T not_p = logit >= 0 ? smaller : larger;
-    const T ce = M::max(logit, T(0)) + M::log1p(e) - logit * target;
+    const T ce = M::log1p(e) + (logit >= 0 ? logit * (1 - target) : -logit * target);
+    const T held = finite<M>(ce);  // an infinite loss has a gradient
     const T q = p * (1 - target) + not_p * target;
     const T slope = p * not_p;               // dp/dx
     const T q_x = slope * (1 - 2 * target);  // dq/dx
@@ -117,9 +118,9 @@ struct SoftSigmoidFocal {
     const T ce_x = p - target, ce_t = -logit;
     // g = ce * f
     const T g = ce * f;
-    const T g_x = ce_x * f + ce * f_x;
+    const T g_x = ce_x * f + held * f_x;
     const T g_t = ce_t * f + ce * f_t;
-    const T g_xx = slope * f + 2 * ce_x * f_x + ce * f_xx;
+    const T g_xx = slope * f + 2 * ce_x * f_x + held * f_xx;
     const T g_xt = -f + ce_x * f_t + ce_t * f_x + ce * f_xt;
     const T g_tt = 2 * ce_t * f_t + ce * f_tt;
     const T w = alpha < 0 ? T(1) : alpha * target + (1 - alpha) * (1 - target);

@@ -22,7 +22,9 @@ from dlops.ops.common import (
     MEAN,
     NONE,
     autocast,
+    check_bool,
     check_int,
+    check_number,
     check_tensor,
     differentiable,
     has_tangent,
@@ -32,6 +34,9 @@ from dlops.ops.common import (
 from dlops.ops.shapes import FLOATING
 
 Size = int | Sequence[int]
+
+# Beyond this a gamma makes no difference, and its square would overflow float32.
+LARGEST_GAMMA = 1e18
 
 __all__ = [
     "class_balanced_weight",
@@ -161,6 +166,7 @@ def max_pool2d(
         pair(padding, "padding", "max_pool2d"),
         pair(dilation, "dilation", "max_pool2d"),
     )
+    check_bool(ceil_mode, "ceil_mode", "max_pool2d")
     images, unbatched = _batched(input, "max_pool2d")
     if not return_indices:
         output = _max_pool2d.max_pool2d_values(images, *window, ceil_mode)
@@ -240,7 +246,7 @@ def fold(
     unbatched = input.dim() == 2
     columns = input.unsqueeze(0) if unbatched else input
     window = _window(kernel_size, dilation, padding, stride, "fold")
-    image = _unfold.fold(columns, pair(output_size, "output_size", "fold"), *window)
+    image = _unfold.fold(columns, pair(output_size, "output_size", "fold", single=False), *window)
     return image.squeeze(0) if unbatched else image
 
 
@@ -287,6 +293,8 @@ def sigmoid_focal_loss(
     number = reduction_number(reduction, "sigmoid_focal_loss")
     check_tensor(inputs, "inputs", "sigmoid_focal_loss")
     check_tensor(targets, "targets", "sigmoid_focal_loss")
+    check_number(alpha, "alpha", "sigmoid_focal_loss")
+    check_number(gamma, "gamma", "sigmoid_focal_loss")
     (inputs,) = autocast("float32", inputs)
     if targets.dtype not in FLOATING:
         raise NotImplementedError(
@@ -296,6 +304,7 @@ def sigmoid_focal_loss(
     dtype = torch.promote_types(inputs.dtype, targets.dtype)
     inputs, targets = inputs.to(dtype), targets.to(dtype)
     class_alpha, scalar_alpha = _class_alpha(alpha, inputs)
+    gamma = min(gamma, LARGEST_GAMMA)
     if class_alpha is None or (class_alpha.dim() == 1 and not differentiable(class_alpha)):
         return _sigmoid_focal_loss.sigmoid_focal_loss(
             inputs, targets, class_alpha, scalar_alpha, gamma, number
@@ -364,7 +373,9 @@ def focal_loss(
     number = reduction_number(reduction, "focal_loss")
     check_tensor(input, "input", "focal_loss")
     check_tensor(target, "target", "focal_loss")
+    check_number(gamma, "gamma", "focal_loss")
     check_int(ignore_index, "ignore_index", "focal_loss")
+    check_number(label_smoothing, "label_smoothing", "focal_loss")
     if target.dtype == torch.uint8:
         target = target.long()
     if input.dim() == 1 and target.dim() == 1 and target.numel() == 1 != input.numel():
@@ -377,6 +388,7 @@ def focal_loss(
             dtype = torch.promote_types(dtype, weight.dtype)
             weight = weight.to(dtype)
         input, target = input.to(dtype), target.to(dtype)
+    gamma = min(gamma, LARGEST_GAMMA)
     smoothing = max(label_smoothing, 0.0)  # native, too, reads a negative one as none
     if weight is not None and differentiable(weight):
         weight, target, smoothing = _weight_in_target(input, target, weight, smoothing)
@@ -466,12 +478,13 @@ def _conv_padding(
 def _window(
     kernel_size: Size, dilation: Size, padding: Size, stride: Size, op: str
 ) -> tuple[list[int], ...]:
-    return (
-        pair(kernel_size, "kernel_size", op),
-        pair(dilation, "dilation", op),
-        pair(padding, "padding", op),
-        pair(stride, "stride", op),
-    )
+    values = {
+        "kernel_size": kernel_size,
+        "dilation": dilation,
+        "padding": padding,
+        "stride": stride,
+    }
+    return tuple(pair(value, name, op, single=False) for name, value in values.items())
 
 
 def _weight_in_target(
@@ -492,7 +505,7 @@ def _weight_in_target(
 def _class_alpha(alpha: float | Tensor, inputs: Tensor) -> tuple[Tensor | None, float]:
     """alpha as one for each class, or as a number for all."""
     if not isinstance(alpha, Tensor):
-        if alpha > 1:
+        if not alpha <= 1:
             raise ValueError(
                 f"sigmoid_focal_loss: alpha must be in [0, 1], or negative for none, got {alpha}"
             )

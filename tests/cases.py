@@ -128,6 +128,20 @@ LARGE_CONV2D = [
     Conv2dCase("7x7_stride", (1, 3, 40, 43), (40, 3, 7, 7), stride=2, padding=3),
     Conv2dCase("grouped_deep", (3, 64, 7, 7), (96, 16, 3, 3), padding=1, groups=4),
     Conv2dCase("depthwise_wide", (2, 33, 19, 35), (33, 1, 3, 3), padding=1, groups=33),
+    Conv2dCase(
+        "depthwise_strided",
+        (2, 37, 18, 23),
+        (37, 1, 5, 3),
+        stride=(2, 3),
+        padding=(2, 3),
+        dilation=(1, 2),
+        groups=37,
+    ),
+    Conv2dCase(
+        "depthwise_stride_over_kernel", (1, 20, 17, 19), (20, 1, 2, 2), stride=(5, 3), groups=20
+    ),
+    Conv2dCase("depthwise_row_blocks", (1, 2, 30, 70), (2, 1, 3, 3), padding=1, groups=2),
+    Conv2dCase("thin_groups", (2, 12, 17, 40), (36, 3, 3, 3), stride=2, padding=1, groups=4),
     Conv2dCase("batch_33_images", (33, 8, 7, 7), (16, 8, 3, 3), padding=1),
     Conv2dCase("dilated_wide", (1, 9, 40, 37), (18, 9, 3, 3), padding=4, dilation=4),
 ]

@@ -23,6 +23,9 @@ KINDS = {
     "memory": "what is kept for the backward pass",
     "determinism": "the same bits on every run and thread count",
     "property": "laws that hold for any shape (hypothesis)",
+    "fuzz": "generated calls, valid and invalid, agree with native or are refused alike",
+    "concurrency": "threads, forks, workers, exceptions",
+    "large": "more than 2^31 elements: minutes and up to 15 GiB each (make test-large)",
     "invalid": "bad input is refused as native refuses it",
     "opcheck": "torch.library.opcheck on the raw operators",
     "module": "dlops.nn, convert and revert",
@@ -50,10 +53,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    by_themselves = pytest.mark.skip(reason="needs minutes and memory: make test-large runs these")
     no_gpu = pytest.mark.skip(reason="no CUDA device: scripts/gpu_check.sh runs these on one")
     for item in items:
         marks = [mark.name for mark in item.iter_markers()]
         _kind_of[item.nodeid] = next((mark for mark in marks if mark in KINDS), "other")
+        if "large" in marks and os.environ.get("DLOPS_TEST_LARGE") != "1":
+            item.add_marker(by_themselves)
         if "gpu" in marks:
             _kind_of[item.nodeid] += " (gpu)"
             if not torch.cuda.is_available():

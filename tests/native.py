@@ -36,7 +36,7 @@ def focal_loss(
     classes = input.shape[dim]
     if target.is_floating_point():
         probability = target
-        normalizer = torch.tensor(max(input.numel() // classes, 1))
+        normalizer = torch.tensor(input.numel() // classes)
     else:
         kept = target != ignore_index
         labels = target.where(kept, 0)

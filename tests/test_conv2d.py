@@ -159,6 +159,30 @@ def test_special_values_spread_as_in_native(value: float, dtype: torch.dtype) ->
     assert ours[0].isfinite().all()
 
 
+@pytest.mark.special
+@parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@parametrize("stride", [1, 2])
+@parametrize("where", [0, 1, 2], ids=["input", "weight", "grad_output"])
+@parametrize("value", [float("nan"), float("inf")])
+def test_special_values_in_depthwise_gradients(
+    value: float, where: int, stride: int, layout: torch.memory_format
+) -> None:
+    """They stay where native's stay: not even their product with a zero reaches a neighbour."""
+    tensors = normal((2, 5, 9, 8), 1), normal((5, 1, 3, 3), 2)
+    covector = normal(native.conv2d(*tensors, None, stride, 0, 1, 5).shape, 3)
+    (*tensors, covector)[where][0, 0, 0, 2] = value
+
+    def gradients(op: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype, memory_format=layout).requires_grad_() for x in tensors]
+        return torch.autograd.grad(op(*leaves, None, stride, 0, 1, 5), leaves, covector.to(dtype))
+
+    for ours, theirs in zip(
+        gradients(F.conv2d, torch.float32), gradients(native.conv2d, torch.float64), strict=True
+    ):
+        for test in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(test(ours), test(theirs))
+
+
 @pytest.mark.native
 @parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_gradients_on_demand(needed: tuple[int, ...]) -> None:

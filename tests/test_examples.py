@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import example_runs
 import pytest
 import torch
-from torch import Tensor, nn
+from dlops_examples import networks, recipes, runs, trainer
+from dlops_examples.errors import UsageError
+from dlops_examples.settings import Settings
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-if not EXAMPLES.is_dir():
-    pytest.skip("the examples are not beside these tests", allow_module_level=True)
-pytest.importorskip("sklearn", reason="the examples' data is scikit-learn's")
-sys.path.insert(0, str(EXAMPLES))
-
-from dlops_examples import files, impl, networks, recipes, trainer  # noqa: E402
-from dlops_examples.cli import main  # noqa: E402
-from dlops_examples.errors import UsageError  # noqa: E402
-from dlops_examples.settings import Settings  # noqa: E402
-
-import dlops  # noqa: E402
+import dlops
 
 pytestmark = pytest.mark.example
 
-QUICK = ("--limit", "320", "--epochs", "2", "--threads", "1")
+AUGMENT = 'augment=[{name="RandomCrop", size=28, padding=1}, {name="GaussianNoise", sigma=0.05}]'
+QUICK = ("--limit", "320", "--epochs", "2", "--set", AUGMENT)
 
 
 @pytest.fixture(autouse=True)
@@ -40,79 +33,95 @@ def _process_settings() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both implementations, trained in turn on the same recipe."""
     out = tmp_path_factory.mktemp("runs")
     for name in ("torch", "dlops"):
-        assert main([*QUICK, "--impl", name, "--out", str(out)]) == 0
+        example_runs.train(out, *QUICK, "--impl", name)
     return out
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return files.load_checkpoint(folder / "last.pt", torch.device("cpu"))["model"]
-
-
-def test_metrics(runs: Path) -> None:
-    metrics = json.loads((runs / "digits_cnn-dlops" / "metrics.json").read_text())
-    assert [row["epoch"] for row in metrics["history"]] == [1, 2]
-    assert metrics["history"][1]["lr"] == pytest.approx(1e-3 * 0.85)
-    assert metrics["history"][1]["train_loss"] < 0.8 * metrics["history"][0]["train_loss"]
-    assert metrics["test_accuracy"] == metrics["history"][1]["test_accuracy"] > 0.2
+def test_metrics(both: Path) -> None:
+    metrics = example_runs.metrics(both / "digits_cnn-dlops")
+    history = metrics["history"]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert history[1]["lr"] == pytest.approx(1e-3 * 0.85)
+    assert history[1]["train_loss"] < 0.8 * history[0]["train_loss"]
+    assert metrics["test_accuracy"] == history[1]["test_accuracy"] > 0.2
     assert metrics["parameters"] < 1_000_000
     assert metrics["versions"]["dlops"] == dlops.__version__
 
 
-def test_picture_and_checkpoints(runs: Path) -> None:
-    folder = runs / "digits_cnn-dlops"
+def test_metrics_agree_with_predictions(both: Path) -> None:
+    """Accuracies, confusion matrix and CSV say what the model predicts."""
+    recipe = recipes.load("digits_cnn", dict([recipes.parse_override(AUGMENT)]))
+    settings = Settings(resume=True, limit=320, out=both)
+    trained = trainer.Trainer(recipe, settings)
+    trained._restore()
+    labels = trained.images.test.tensors[1]
+    right = trained.predict(trained.images.test).argmax(1) == labels
+    metrics = example_runs.metrics(both / "digits_cnn-dlops")
+    last = metrics["history"][-1]
+    assert last["test_accuracy"] == pytest.approx(right.double().mean().item())
+    confusion = torch.tensor(metrics["confusion"])
+    assert confusion.sum(1).tolist() == labels.bincount(minlength=10).tolist()
+    assert confusion.trace() == right.sum()
+    classes = [right[labels == label].double().mean().item() for label in range(10)]
+    assert last["test_class_accuracy"] == pytest.approx(classes)
+    header, *rows = (both / "digits_cnn-dlops" / "metrics.csv").read_text().splitlines()
+    assert header.startswith("epoch,train_loss,train_accuracy,test_loss,test_accuracy,lr")
+    assert [float(row.split(",")[4]) for row in rows][-1] == last["test_accuracy"]
+
+
+def test_picture_and_checkpoints(both: Path) -> None:
+    folder = both / "digits_cnn-dlops"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert {path.name for path in folder.iterdir()} == {
-        "best.pt",
-        "curves.png",
-        "last.pt",
-        "metrics.json",
-    }
+    names = {"best.pt", "curves.png", "last.pt", "metrics.csv", "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == names
     model = networks.build("mnist_cnn", channels=1, size=28, classes=10)
-    model.load_state_dict(weights(folder))  # a model trained on dlops loads into torch.nn's
+    model.load_state_dict(example_runs.weights(folder))  # from dlops' layers to torch.nn's
 
 
-def test_curves_agree(runs: Path) -> None:
+def test_curves_agree(both: Path) -> None:
     ours, theirs = (
-        json.loads((runs / f"digits_cnn-{name}" / "metrics.json").read_text())["history"]
-        for name in ("dlops", "torch")
+        example_runs.history(both / f"digits_cnn-{name}") for name in ("dlops", "torch")
     )
     for a, b in zip(ours, theirs, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=2e-3)
         assert a["test_accuracy"] == pytest.approx(b["test_accuracy"], abs=0.02)
 
 
-def test_other_implementation(runs: Path) -> None:
-    def other(*arguments: Any) -> tuple[str, trainer.History, str]:
-        recipe = recipes.load("digits_cnn", dict(arguments))
-        return trainer.other_history(recipe, Settings(limit=320, out=runs))
+def test_other_implementation(both: Path) -> None:
+    def other(*arguments: Any) -> tuple[str, Any, str]:
+        overrides = dict([recipes.parse_override(AUGMENT), *arguments])
+        return runs.other_history(
+            recipes.load("digits_cnn", overrides), Settings(limit=320, out=both)
+        )
 
     name, history, missing = other(("epochs", 7))
     assert (name, len(history), missing) == ("torch", 2, "")
     _, history, missing = other(("optimizer.lr", 0.5))
     assert history == []
     assert "optimizer.lr was 0.001, now 0.5" in missing
+    path = both / "digits_cnn-torch" / "metrics.json"
+    content = path.read_text()
+    path.write_text("{}")
+    assert other()[2] == f"{path} is not of this trainer"
+    path.write_text(content)
 
 
 def test_interrupted_and_resumed(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    both: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run stopped within its second epoch ends, resumed, with the bits of one that was not."""
-    command = [*QUICK, "--impl", "dlops", "--out", str(tmp_path)]
+    command = [*QUICK, "--impl", "dlops", "--threads", "1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "_score", interrupt_at_call(15))  # 11 calls an epoch
-        assert main(command) == 130
+        assert example_runs.main(command) == 130
     assert "after epoch 1: the same command with --resume" in capsys.readouterr().err
-    assert main([*command, "--resume"]) == 0
-    resumed, uninterrupted = (
-        weights(tmp_path / "digits_cnn-dlops"),
-        weights(runs / "digits_cnn-dlops"),
-    )
-    assert resumed.keys() == uninterrupted.keys()
-    assert [k for k in resumed if not torch.equal(resumed[k], uninterrupted[k])] == []
+    resumed = example_runs.train(tmp_path, *QUICK, "--resume")
+    expected = example_runs.weights(both / "digits_cnn-dlops")
+    assert example_runs.different(example_runs.weights(resumed), expected) == []
 
 
 def interrupt_at_call(number: int) -> Callable[..., Any]:
@@ -126,68 +135,61 @@ def interrupt_at_call(number: int) -> Callable[..., Any]:
     return interrupting
 
 
-def test_failed_write_keeps_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    files.save_json(path, {"epoch": 1})
-
-    def fail(partial: Path) -> None:
-        partial.write_text("{")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        files._replace(path, fail)
-    assert json.loads(path.read_text()) == {"epoch": 1}
-
-
 def test_other_options(tmp_path: Path) -> None:
     options = ["--amp", "bf16", "--channels-last", "--deterministic", "--loss", "sigmoid_focal"]
-    arguments = ["--limit", "96", "--epochs", "1", "--threads", "1", "--seed", "3", *options]
-    assert main([*arguments, "--out", str(tmp_path)]) == 0
-    metrics = json.loads((tmp_path / "digits_cnn-dlops" / "metrics.json").read_text())
-    assert 0.5 < metrics["history"][0]["train_loss"] < 10
+    run = example_runs.train(tmp_path, "--limit", "96", "--epochs", "1", "--seed", "3", *options)
+    assert 0.5 < example_runs.history(run)[0]["train_loss"] < 10
 
 
-@pytest.mark.parametrize("name", ["focal", "sigmoid_focal", "cross_entropy"])
-def test_losses_of_both_implementations_agree(name: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(32, 10, dtype=torch.float64, generator=generator, requires_grad=True)
-    target = torch.randint(10, (32,), generator=generator)
-    arguments = {} if name == "cross_entropy" else {"gamma": 1.5}
-    results = []
-    for implementation in impl.IMPLS:
-        loss = impl.build_loss(implementation, name, **arguments)(logits, target)
-        results.append((loss, *torch.autograd.grad(loss, logits)))
-    torch.testing.assert_close(results[0], results[1])
+def test_compiled(tmp_path: Path) -> None:
+    """torch.compile changes no more than rounding."""
+    quick = ("--recipe", "vanilla", "--limit", "64", "--epochs", "1", "--batch-size", "32")
+    plain, compiled = (
+        example_runs.history(example_runs.train(tmp_path / name, *quick, *options))
+        for name, options in (("plain", ()), ("compiled", ("--compile",)))
+    )
+    for key in ("train_loss", "test_loss"):
+        assert compiled[0][key] == pytest.approx(plain[0][key], rel=1e-5)
 
 
-def test_dlops_leaves_no_native_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = impl.place(networks.build("mnist_cnn", channels=1, size=28, classes=10), "dlops")
-    kinds = [type(module) for module in model.modules()]
-    assert kinds.count(dlops.nn.Conv2d) == 4
-    assert kinds.count(dlops.nn.MaxPool2d) == 2
-    monkeypatch.setattr(dlops, "convert", lambda module: module)
-    with pytest.raises(AssertionError, match=r"torch\.nn layers: 0"):
-        impl.place(nn.Sequential(nn.Conv2d(1, 1, 1)), "dlops")
+def test_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every scalar of every epoch is handed on; without the package there is one clear line."""
+    quick = ("--recipe", "vanilla", "--limit", "32", "--tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    line = example_runs.refusal(capsys, *quick, "--out", str(tmp_path))
+    assert line.endswith("--tensorboard needs tensorboard: pip install tensorboard")
+
+    written: list[tuple[str, float, int]] = []
+    writer = SimpleNamespace(
+        add_scalar=lambda *event: written.append(event), flush=lambda: None, close=lambda: None
+    )
+    events = SimpleNamespace(SummaryWriter=lambda folder, purge_step: writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", events)
+    run = example_runs.train(tmp_path, *quick, "--epochs", "2")
+    last = example_runs.history(run)[1]
+    assert ("loss/train", last["train_loss"], 2) in written
+    assert ("accuracy/test", last["test_accuracy"], 2) in written
+    assert len(written) == 2 * 7
 
 
-def test_overrides() -> None:
-    recipe = recipes.load("digits_cnn", {"loss.name": "cross_entropy", "optimizer.lr": 0.1})
-    assert recipe.loss == {"name": "cross_entropy"}  # gamma belonged to the focal loss
-    assert recipe.optimizer == {"name": "Adam", "lr": 0.1}
-    assert recipes.parse_override("network.widths=[8, 16]") == ("network.widths", [8, 16])
-    assert recipes.parse_override("network.name=mnist_cnn") == ("network.name", "mnist_cnn")
+def test_overfitting_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`scratch` knows 50 images by heart after 10 epochs of batches of 10, before it trains."""
+    run = example_runs.train(tmp_path, "--recipe", "scratch", "--epochs", "1", "--limit", "100")
+    few = example_runs.metrics(run / "overfit")
+    assert few["identity"]["recipe"]["batch_size"] == 10
+    assert len(few["history"]) == 10
+    assert few["test_accuracy"] == 1.0
+    assert sum(map(sum, few["confusion"])) == 50
+    assert "overfitting 50 images: accuracy on them 1.0000, as it should" in capsys.readouterr().out
+    assert sum(map(sum, example_runs.metrics(run)["confusion"])) == 100
 
 
-def test_recipe_file(tmp_path: Path) -> None:
-    text = (recipes.FOLDER / "digits_cnn.toml").read_text()
-    path = tmp_path / "mine.toml"
-    path.write_text(text)
-    assert recipes.load(str(path)).as_dict() == recipes.load("digits_cnn").as_dict() | {
-        "name": "mine"
-    }
-    path.write_text("epoch = 3\n" + text)
-    with pytest.raises(UsageError, match="unknown epoch; known: batch_size, data, epochs"):
-        recipes.load(str(path))
+def test_batch_of_one_image_with_batch_norm(tmp_path: Path) -> None:
+    recipe, settings = recipes.load("deep_bn", {"batch_size": 3}), Settings(limit=4, out=tmp_path)
+    with pytest.raises(UsageError, match="last batch, of 1 image: change --batch-size"):
+        trainer.Trainer(recipe, settings).fit()
 
 
 @pytest.mark.parametrize(
@@ -199,13 +201,18 @@ def test_recipe_file(tmp_path: Path) -> None:
         (["--lr", "-1"], "[optimizer] Adam: Invalid learning rate: -1.0"),
         (["--loss", "hinge"], "no loss 'hinge'; known: focal"),
         (["--loss", "cross_entropy", "--gamma", "1"], "[loss] cross_entropy takes no gamma"),
+        (["--loss", "class_balanced_softmax", "--set", "loss.beta=1"], "[loss] class_balanced"),
+        (["--data", "imagenet"], "no data set 'imagenet'; known: digits, mnist, cifar10"),
         (["--device", "tpu"], "--device must be cpu, cuda or cuda:N, got 'tpu'"),
         (["--device", "cuda:99"], "CUDA devices; use --device cpu"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--set", "network.dropout=2"], "[network] mnist_cnn: dropout probability"),
-        (["--set", "network.name=vgg"], "no network 'vgg'; known: mnist_cnn"),
+        (["--set", "network.name=vgg"], "no network 'vgg'; known: one_conv"),
         (["--set", "optimizer.name=Adamm"], "[optimizer] torch.optim has no class 'Adamm'"),
-        (["--set", "data.size=0"], "[data] digits: "),
+        (["--set", "data.size=0"], "[data] digits: size must be"),
+        (["--set", "augment=crop"], "augment must be a list of tables"),
+        (["--set", "overfit.images=3"], "[overfit] takes images, epochs, batch_size"),
         (["--set", "epochs"], "--set takes key=value"),
         (["--resume"], "last.pt to resume from: train once without --resume"),
     ],
@@ -213,26 +220,13 @@ def test_recipe_file(tmp_path: Path) -> None:
 def test_bad_options(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--out", str(tmp_path)])
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert message in lines[0]
+    assert message in example_runs.refusal(capsys, *arguments, "--out", str(tmp_path))
 
 
-def test_bad_checkpoints(runs: Path, tmp_path: Path) -> None:
-    def resume(out: Path, **overrides: Any) -> None:
-        recipe = recipes.load("digits_cnn", overrides)
-        trainer.Trainer(recipe, Settings(resume=True, limit=320, out=out)).fit()
-
+def test_checkpoint_of_another_recipe(both: Path) -> None:
+    recipe = recipes.load("digits_cnn", {"batch_size": 64})
     with pytest.raises(UsageError, match=r"trained otherwise, cannot resume: .*batch_size was 32"):
-        resume(runs, batch_size=64)
-    damaged = tmp_path / "digits_cnn-dlops" / "last.pt"
-    damaged.parent.mkdir()
-    damaged.write_bytes((runs / "digits_cnn-dlops" / "last.pt").read_bytes()[:10_000])
-    with pytest.raises(UsageError, match="is no checkpoint of this trainer"):
-        resume(tmp_path)
+        trainer.Trainer(recipe, Settings(resume=True, limit=320, out=both)).fit()
 
 
 @pytest.mark.parametrize(("switch", "starts"), [("1", 2), ("0", 1)])
@@ -241,7 +235,7 @@ def test_allocator_settings(switch: str, starts: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\n"
-        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        f"sys.path.insert(0, {str(example_runs.EXAMPLES)!r})\n"
         "from dlops_examples import allocator\n"
         "print('start', flush=True)\n"
         "allocator.keep_freed_memory()\n"
@@ -260,6 +254,6 @@ def test_allocator_settings(switch: str, starts: int, tmp_path: Path) -> None:
 
 
 def test_train_script_help() -> None:
-    command = [sys.executable, str(EXAMPLES / "train.py"), "--help"]
+    command = [sys.executable, str(example_runs.EXAMPLES / "train.py"), "--help"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--channels-last" in result.stdout

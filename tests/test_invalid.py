@@ -28,6 +28,7 @@ INPUT = normal((2, 4, 8, 8)).float()
 WEIGHT = normal((6, 4, 3, 3)).float()
 BIAS = normal((6,)).float()
 COLUMNS = normal((2, 36, 36)).float()
+COMPLEX = INPUT.to(torch.complex64)
 LOGITS = normal((5, 4)).float()
 LABELS = torch.tensor([0, 1, 2, 3, 0])
 PROBABILITIES = LOGITS.softmax(1)
@@ -66,7 +67,7 @@ def fold(o: Any, **arguments: Any) -> Any:
 
 
 BELOW_ONE = [0, -1, (1, 0), (-2, 1)]
-MALFORMED = [(1, 2, 3), 1.5]
+MALFORMED = [(1, 2, 3), 1.5, True, 2**63, (1, 2**64)]
 
 CONV2D = [
     Refused("rank_2", lambda o: o.conv2d(INPUT[0, 0], WEIGHT), "input", "8, 8"),
@@ -103,7 +104,9 @@ UNFOLD = [
     Refused("unfold-kernel_over_image", lambda o: o.unfold(INPUT, 9), "kernel", "9, 8"),
     Refused("unfold-no_channels", lambda o: o.unfold(INPUT[:, :0], 3), "input", "2, 0, 8, 8"),
     Refused("unfold-int64", lambda o: o.unfold(INPUT.long(), 3), "unfold", "Long"),
-    *refused_sizes("unfold", "kernel_size", [*BELOW_ONE, (1, 2, 3)], unfold),
+    Refused("unfold-int64_empty", lambda o: o.unfold(INPUT[:0].long(), 3), "unfold", "Long"),
+    Refused("fold-int64_empty", lambda o: o.fold(COLUMNS[:0].long(), 8, 3), "fold", "Long"),
+    *refused_sizes("unfold", "kernel_size", [*BELOW_ONE, (1, 2, 3), (2,), 2**63], unfold),
     *refused_sizes("unfold", "dilation", [*BELOW_ONE, (1, 2, 3)], unfold),
     *refused_sizes("unfold", "stride", [*BELOW_ONE, (1, 2, 3)], unfold),
     *refused_sizes("unfold", "padding", [-1, (1, -2), (1, 2, 3)], unfold),
@@ -145,6 +148,8 @@ MAX_POOL2D = [
         "max_pool2d",
         "Complex",
     ),
+    Refused("pool-complex_empty", lambda o: o.max_pool2d(COMPLEX[:0], 2), "max_pool2d", "Complex"),
+    Refused("pool-ceil_mode", lambda o: max_pool2d(o, ceil_mode=1), "ceil_mode", "1"),
     Refused("pool-none", lambda o: o.max_pool2d(None, 2), "input"),
     *refused_sizes("pool", "kernel_size", [*BELOW_ONE, *MALFORMED], max_pool2d),
     *refused_sizes("pool", "stride", [*BELOW_ONE, *MALFORMED], max_pool2d),
@@ -184,6 +189,7 @@ FOCAL = [
     refused_loss("target_of_image", "target", "9", IMAGES, IMAGE_LABELS[..., :5] + 9),
     refused_loss("target_of_row", "target", "7", LOGITS[0], torch.tensor(7)),
     refused_loss("target_batch", "target", "4, 5", LOGITS, LABELS[:4]),
+    refused_loss("target_scalar", "target", "5", LOGITS, LABELS[0]),
     refused_loss("target_rank", "target", "5, 1", LOGITS, LABELS[:, None]),
     refused_loss("target_image", "target", "2, 4, 6", IMAGES, IMAGE_LABELS),
     refused_loss("target_image_rank", "target", "2, 4", IMAGES, IMAGE_LABELS[..., 0]),
@@ -232,6 +238,8 @@ SIGMOID = [
     refused_sigmoid("integer", "targets", "floating point", LOGITS.long(), PROBABILITIES.long()),
     refused_sigmoid("integer_targets", "targets", "floating point", LOGITS, PROBABILITIES.long()),
     refused_sigmoid("bool_targets", "targets", "floating point", LOGITS, PROBABILITIES > 0.5),
+    refused_sigmoid("alpha_nan", "alpha", "nan", LOGITS, PROBABILITIES, alpha=float("nan")),
+    refused_sigmoid("gamma_none", "gamma", "None", LOGITS, PROBABILITIES, gamma=None),
     refused_sigmoid(
         "complex", "sigmoid_focal_loss", "Complex", LOGITS.to(torch.complex64), PROBABILITIES
     ),
@@ -293,6 +301,16 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "empty_batch": lambda o: o.conv2d(INPUT[:0], WEIGHT),
     "dilation_of_a_1x1_kernel": lambda o: o.conv2d(INPUT, WEIGHT[..., :1, :1], dilation=50),
     "same_stride_1": lambda o: conv2d(o, padding="same", stride=(1, 1)),
+    "stride_past_32_bits": lambda o: conv2d(o, stride=2**40),
+    "dilation_of_a_1x1_kernel_past_32_bits": lambda o: o.conv2d(
+        INPUT, WEIGHT[..., :1, :1], dilation=2**62
+    ),
+    "unfold_stride_past_32_bits": lambda o: unfold(o, stride=2**62),
+    "fold_bool": lambda o: o.fold(COLUMNS > 0, 8, 3),
+    "pool_kernel_far_over_image": lambda o: o.max_pool2d(INPUT, 100_001, 1, 50_000),
+    "no_weight_for_any_label": lambda o: cross_entropy(
+        o, weight=torch.zeros(4), label_smoothing=0.5
+    ),
     "pool_stride_none": lambda o: max_pool2d(o, stride=None),
     "pool_stride_empty": lambda o: max_pool2d(o, stride=[]),
     "pool_one_kernel_in_a_list": lambda o: max_pool2d(o, kernel_size=[2]),
@@ -309,7 +327,6 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "no_channels_groups": lambda o: o.conv2d(INPUT[:, :0], WEIGHT[:, :0], groups=2),
     "no_channels_unbatched": lambda o: o.conv2d(INPUT[0, :0], WEIGHT[:, :0], padding=1),
     "no_channels_no_rows": lambda o: o.conv2d(INPUT[:, :0, :0], WEIGHT[:, :0, :0]),
-    "fold_bool": lambda o: o.fold(COLUMNS > 0, 8, 3),
     "sigmoid_empty": lambda o: o.sigmoid_focal_loss(
         LOGITS[:0], PROBABILITIES[:0], reduction="mean"
     ),
@@ -326,6 +343,17 @@ def cross_entropy(o: Any, **arguments: Any) -> Any:
 def test_accepted(name: str) -> None:
     call = ACCEPTED[name]
     torch.testing.assert_close(call(F), call(NATIVE), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_pooling_with_the_largest_kernel() -> None:
+    """No work and no memory for the window's cells in the padding; native takes seconds."""
+    image = INPUT.clone().requires_grad_()
+    output, indices = F.max_pool2d(image, 2**31 - 1, 1, 2**30 - 1, return_indices=True)
+    assert torch.equal(output, INPUT.amax((2, 3), keepdim=True).expand_as(INPUT))
+    assert torch.equal(indices[..., 0, 0], INPUT.flatten(2).argmax(2))
+    output.sum().backward()
+    assert image.grad is not None
+    assert torch.equal(image.grad, (output.detach() == INPUT) * 64.0)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -168,6 +168,31 @@ def test_nan_and_infinite_logits(gamma: float, targets: Any) -> None:
     assert (F.sigmoid_focal_loss(infinite, right, gamma=gamma) == 0).all()
 
 
+@pytest.mark.special
+@parametrize("gamma", [0.0, 0.5, 2.0])
+def test_infinite_logits_with_soft_targets(gamma: float) -> None:
+    """The loss is infinite, its slope is not."""
+    logits = torch.tensor([float("inf"), -float("inf")], dtype=torch.float64)
+    finite = torch.tensor([1e5, -1e5], dtype=torch.float64)
+    results, limit = (
+        values_and_gradients(both(gamma=gamma)[0], [x, torch.full((2,), 0.3).double()])
+        for x in (logits, finite)
+    )
+    assert results["value"].isposinf().all()
+    assert error(results["gradient 0"], limit["gradient 0"]) < 1e-13
+
+
+@pytest.mark.special
+@parametrize("gamma", [1e18, 1e300, float("inf")])
+def test_the_largest_gammas(gamma: float) -> None:
+    """All but hopeless elements are played down to nothing."""
+    for dtype in (torch.float64, torch.float32):
+        logits = torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4], dtype=dtype)
+        ours = values_and_gradients(both(gamma=gamma)[0], [logits, torch.ones_like(logits)])
+        assert all(result.isfinite().all() for result in ours.values())
+        assert torch.equal(ours["value"], torch.tensor([2500.0, 0, 0, 0, 0], dtype=dtype))
+
+
 # ---------------------------------------------------------------------------------------------
 # Layouts, kernels, determinism
 

@@ -41,8 +41,9 @@ def comparable(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
-def error(result: Tensor, truth: Tensor) -> float:
-    """The largest deviation, relative to the truth's largest magnitude.
+def error(result: Tensor, truth: Tensor, magnitude: float = 0.0) -> float:
+    """The largest deviation, relative to the truth's largest magnitude, or to `magnitude` where the
+    truth's terms are that large and cancel.
 
     Below the smallest normal number a dtype has fewer digits, so that is the least to relate to.
     """
@@ -54,15 +55,17 @@ def error(result: Tensor, truth: Tensor) -> float:
     deviation, scale = (result - truth)[finite].abs(), truth[finite].abs()
     if deviation.numel() == 0:
         return 0.0
-    return (deviation.max() / scale.max().clamp(min=smallest)).item()
+    return (deviation.max() / scale.max().clamp(min=max(smallest, magnitude))).item()
 
 
-def assert_accurate(ours: Tensor, native: Tensor, truth: Tensor, what: str) -> None:
+def assert_accurate(
+    ours: Tensor, native: Tensor, truth: Tensor, what: str, magnitude: float = 0.0
+) -> None:
     """Ours is within the table's bound of the truth, and at most twice as far from it as native."""
     assert ours.dtype == native.dtype, f"{what}: dtype {ours.dtype}, native {native.dtype}"
     assert ours.shape == native.shape, f"{what}: {tuple(ours.shape)}, native {tuple(native.shape)}"
     tolerance = TOLERANCES[ours.dtype]
-    our_error, native_error = error(ours, truth), error(native, truth)
+    our_error, native_error = (error(x, truth, magnitude) for x in (ours, native))
     allowed = min(tolerance.bound, 2 * native_error + tolerance.slack)
     assert our_error <= allowed, (
         f"{what} in {ours.dtype}: error {our_error:.3g}, native's {native_error:.3g}, "

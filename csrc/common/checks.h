@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/safe_numerics.h>
 
+#include <algorithm>
 #include <array>
 
 #include "conv2d_math.h"
@@ -49,19 +50,20 @@ inline int64_t checked_product(at::IntArrayRef sizes, const char* what) {
 
 // -------------------------------------------------------------------------------------- lists
 
-// One value for every entry of an argument such as stride, each at least `minimum`.
+// What sums of two sizes may be made of without overflow.
+constexpr int64_t kLargestSize = int64_t(1) << 62;
+
+// One value for every entry of an argument such as stride, each between `minimum` and `maximum`.
 template <size_t count>
 std::array<int64_t, count> check_list(at::IntArrayRef values, const char* name, int64_t minimum,
-                                      const char* op) {
+                                      const char* op, int64_t maximum = INT64_MAX) {
   TORCH_CHECK(values.size() == count, op, ": ", name, " must have ", count, " values, got ",
               values);
   std::array<int64_t, count> result{};
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK(values[i] >= minimum, op, ": ", name, " must be ",
                 minimum > 0 ? "greater than zero" : "non-negative", ", got ", values);
-    // Small enough that the index maps (products of two such values and a few sums) cannot
-    // overflow.
-    TORCH_CHECK(values[i] <= INT32_MAX, op, ": ", name, " must be at most ", INT32_MAX, ", got ",
+    TORCH_CHECK(values[i] <= maximum, op, ": ", name, " must be at most ", maximum, ", got ",
                 values);
     result[i] = values[i];
   }
@@ -69,6 +71,24 @@ std::array<int64_t, count> check_list(at::IntArrayRef values, const char* name, 
 }
 
 // ------------------------------------------------------------------------------------ geometry
+
+// The size of the padded input, along which every position of a window must fit in 62 bits.
+inline int64_t padded_size(int64_t size, int64_t before, int64_t after, const char* op) {
+  int64_t padded = 0;
+  const bool overflow = __builtin_add_overflow(before, after, &padded) ||
+                        __builtin_add_overflow(padded, size, &padded);
+  TORCH_CHECK(!overflow && padded <= kLargestSize, op, ": padding is too large: an input of size ",
+              size, " with padding ", before, " and ", after, " does not fit in 62 bits");
+  return padded;
+}
+
+// The distance from the first to the last element of a window, and one; at most INT64_MAX.
+inline int64_t window_span(int64_t kernel, int64_t dilation) {
+  int64_t span = 0;
+  const bool overflow = __builtin_mul_overflow(kernel - 1, dilation, &span) ||
+                        __builtin_add_overflow(span, int64_t(1), &span);
+  return overflow ? INT64_MAX : span;
+}
 
 struct Conv2dArguments {
   at::IntArrayRef stride, padding, dilation;
@@ -103,19 +123,20 @@ inline Conv2dGeometry conv2d_geometry(at::IntArrayRef input, at::IntArrayRef wei
   Conv2dGeometry g{};
   g.N = input[0], g.C = input[1], g.H = input[2], g.W = input[3];
   g.O = weight[0], g.R = weight[2], g.S = weight[3];
-  g.stride_h = stride[0], g.stride_w = stride[1];
   g.pad_top = padding[0], g.pad_left = padding[1];
-  g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.groups = groups;
-  const int64_t padding_h = padding[0] + padding[2], padding_w = padding[1] + padding[3];
-  TORCH_CHECK(
-      g.H + padding_h > g.dilation_h * (g.R - 1) && g.W + padding_w > g.dilation_w * (g.S - 1), op,
-      ": kernel size can't be greater than the padded input: kernel (", g.R, " x ", g.S,
-      ") with dilation (", g.dilation_h, " x ", g.dilation_w, ") spans (",
-      g.dilation_h * (g.R - 1) + 1, " x ", g.dilation_w * (g.S - 1) + 1, "), padded input is (",
-      g.H + padding_h, " x ", g.W + padding_w, ")");
-  g.OH = conv_output_size(g.H, g.R, g.stride_h, padding_h, g.dilation_h);
-  g.OW = conv_output_size(g.W, g.S, g.stride_w, padding_w, g.dilation_w);
+  const int64_t padded_h = padded_size(g.H, padding[0], padding[2], op);
+  const int64_t padded_w = padded_size(g.W, padding[1], padding[3], op);
+  const int64_t span_h = window_span(g.R, dilation[0]), span_w = window_span(g.S, dilation[1]);
+  TORCH_CHECK(span_h <= padded_h && span_w <= padded_w, op,
+              ": kernel size can't be greater than the padded input: kernel (", g.R, " x ", g.S,
+              ") with dilation (", dilation[0], " x ", dilation[1], ") spans (", span_h, " x ",
+              span_w, "), padded input is (", padded_h, " x ", padded_w, ")");
+  // The least that mean the same, so that the index maps cannot overflow.
+  g.stride_h = std::min(stride[0], padded_h), g.stride_w = std::min(stride[1], padded_w);
+  g.dilation_h = g.R == 1 ? 1 : dilation[0], g.dilation_w = g.S == 1 ? 1 : dilation[1];
+  g.OH = (padded_h - span_h) / g.stride_h + 1;
+  g.OW = (padded_w - span_w) / g.stride_w + 1;
   checked_product({g.N, g.O, g.OH, g.OW}, "the output of the convolution");
   checked_product({g.C, g.R, g.S}, "the kernel of the convolution");
   return g;
@@ -164,10 +185,10 @@ inline Pool2dGeometry pool2d_geometry(at::IntArrayRef input, at::IntArrayRef ker
               input);
   TORCH_CHECK(input[1] > 0 && input[2] > 0 && input[3] > 0, op,
               ": channels, height and width of input must be greater than zero, got shape ", input);
-  const auto kernel = check_list<2>(kernel_size, "kernel_size", 1, op);
-  const auto steps = check_list<2>(stride, "stride", 1, op);
-  const auto pad = check_list<2>(padding, "padding", 0, op);
-  const auto spread = check_list<2>(dilation, "dilation", 1, op);
+  const auto kernel = check_list<2>(kernel_size, "kernel_size", 1, op, INT32_MAX);
+  const auto steps = check_list<2>(stride, "stride", 1, op, INT32_MAX);
+  const auto pad = check_list<2>(padding, "padding", 0, op, INT32_MAX);
+  const auto spread = check_list<2>(dilation, "dilation", 1, op, INT32_MAX);
   Pool2dGeometry g{};
   g.N = input[0], g.C = input[1], g.H = input[2], g.W = input[3];
   g.kernel_h = kernel[0], g.kernel_w = kernel[1];
@@ -177,6 +198,7 @@ inline Pool2dGeometry pool2d_geometry(at::IntArrayRef input, at::IntArrayRef ker
   TORCH_CHECK(g.pad_h <= g.kernel_h / 2 && g.pad_w <= g.kernel_w / 2, op,
               ": padding must be at most half of the kernel size, got padding ", padding,
               " for kernel_size ", kernel_size);
+  g.cell_step = g.kernel_w;
   g.OH = pool_output_size(g.H, g.kernel_h, g.stride_h, g.pad_h, g.dilation_h, ceil_mode);
   g.OW = pool_output_size(g.W, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w, ceil_mode);
   TORCH_CHECK(g.OH > 0 && g.OW > 0, op, ": kernel_size ", kernel_size, " with dilation ", dilation,

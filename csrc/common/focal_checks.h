@@ -87,9 +87,9 @@ inline FocalShape check_focal_loss(const at::Tensor& input, const at::Tensor& ta
   // Class numbers are compared as float32, which holds every integer up to here.
   TORCH_CHECK(shape.classes <= (int64_t(1) << 24), op, ": at most ", int64_t(1) << 24,
               " classes are supported, got ", shape.classes);
-  TORCH_CHECK_VALUE(!batched || target.dim() == 0 || target.size(0) == shape.N, op,
+  TORCH_CHECK_VALUE(!batched || (target.dim() > 0 && target.size(0) == shape.N), op,
                     ": expected input batch_size (", shape.N, ") to match target batch_size (",
-                    target.dim() == 0 ? 1 : target.size(0), "), got input of shape ", input.sizes(),
+                    target.dim() == 0 ? 0 : target.size(0), "), got input of shape ", input.sizes(),
                     " and target of shape ", target.sizes());
   shape.has_probabilities = at::isFloatingType(target.scalar_type());
   if (shape.has_probabilities) {

@@ -13,19 +13,15 @@
 #include <vector>
 
 #include "common/conv2d_checks.h"
+#include "cpu/conv2d_depthwise.h"
 #include "cpu/conv2d_panels.h"
+#include "cpu/conv2d_planes.h"
+#include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
 
 namespace dlops::cpu {
 namespace {
-
-// Multiply-adds below which waking another thread costs more than it saves.
-constexpr int64_t kWorkPerThread = 1 << 16;
-
-int64_t grain(int64_t work_per_task) {
-  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
-}
 
 // What native convolves on the CPU.
 void check_dtype(const at::Tensor& tensor, const char* op) {
@@ -41,6 +37,11 @@ void check_dtype(const at::Tensor& tensor, const char* op) {
 
 // The type that products of `dtype` are summed in.
 at::ScalarType sum_type(at::ScalarType dtype) { return at::toOpMathType(dtype); }
+
+// weight in the type of the sums, contiguous.
+at::Tensor dense_weight(const at::Tensor& weight) {
+  return weight.to(sum_type(weight.scalar_type())).contiguous();
+}
 
 // weight as (groups, Og, Cg, R, S), in the type of the sums.
 at::Tensor grouped_weight(const at::Tensor& weight, const Conv2dGeometry& g) {
@@ -170,9 +171,17 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     sum_bias.defined() ? output.copy_(sum_bias.view({1, g.O, 1, 1})) : output.zero_();
     return output;
   }
+  if (format == at::MemoryFormat::ChannelsLast && takes_depthwise(g, input.scalar_type())) {
+    depthwise_forward(g, input.contiguous(format), weight, sum_bias, output);
+    return output;
+  }
   const at::MemoryFormat computed = compute_format(g, format);
   const at::Tensor dense = input.contiguous(computed);
   at::Tensor result = computed == format ? output : at::empty(output.sizes(), output.options());
+  if (computed == at::MemoryFormat::Contiguous && takes_planes(g, input.scalar_type())) {
+    planes_forward(g, dense, dense_weight(weight), sum_bias, result);
+    return result.contiguous(format);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
@@ -256,7 +265,16 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   const at::MemoryFormat computed = compute_format(g, format);
   at::Tensor result = at::empty(input_size, grad_output.options().memory_format(computed));
   if (result.numel() == 0) return result.contiguous(format);
+  if (format == at::MemoryFormat::ChannelsLast && takes_depthwise(g, grad_output.scalar_type())) {
+    result = at::empty(input_size, grad_output.options().memory_format(format));
+    depthwise_grad_input(g, grad_output.contiguous(format), weight, result);
+    return result;
+  }
   const at::Tensor dense = grad_output.contiguous(computed);
+  if (computed == at::MemoryFormat::Contiguous && takes_planes(g, grad_output.scalar_type()) &&
+      planes_grad_input(g, dense, dense_weight(weight), result)) {
+    return result.contiguous(format);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
                                          "conv2d_grad_input", [&] {
                                            if (computed == at::MemoryFormat::ChannelsLast) {
@@ -350,9 +368,22 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                                 grad_output.options().memory_format(format));
   if (result.numel() == 0) return result;
   if (g.N == 0) return result.zero_();
+  if (format == at::MemoryFormat::ChannelsLast && takes_depthwise(g, input.scalar_type())) {
+    depthwise_grad_weight(g, grad_output.contiguous(format), input.contiguous(format), result);
+    return result;
+  }
   const at::MemoryFormat computed = compute_format(g, format);
   const at::Tensor dense_input = input.contiguous(computed);
   const at::Tensor dense_grad = grad_output.contiguous(computed);
+  if (computed == at::MemoryFormat::Contiguous && takes_planes(g, input.scalar_type())) {
+    if (format == computed) {
+      planes_grad_weight(g, dense_grad, dense_input, result);
+      return result;
+    }
+    const at::Tensor plain = at::empty(result.sizes(), result.options());
+    planes_grad_weight(g, dense_grad, dense_input, plain);
+    return result.copy_(plain);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {

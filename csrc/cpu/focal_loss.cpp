@@ -86,9 +86,11 @@ struct Call {
       if (t[i] != ignore_index) sum += w == nullptr ? 1 : w[t[i]];
     return sum;
   }
+  // A mean over nothing is NaN, though label smoothing has left something to sum.
   at::Tensor reduced_to(double sum, double normalizer) const {
-    return at::scalar_tensor(reduction == at::Reduction::Mean ? sum / normalizer : sum,
-                             input.options());
+    const double mean =
+        normalizer == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / normalizer;
+    return at::scalar_tensor(reduction == at::Reduction::Mean ? mean : sum, input.options());
   }
   template <class scalar_t>
   FocalArgs<scalar_t> args() const {

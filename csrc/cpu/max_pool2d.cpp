@@ -69,12 +69,13 @@ void forward(const Pool2dGeometry& g, const at::Tensor& input, const at::Tensor&
 // `cells`, where defined, is allocated and filled as well.
 void forward_any(const Pool2dGeometry& g, const at::Tensor& input, const at::Tensor& output,
                  at::Tensor* cells) {
-  if (output.numel() == 0) return;
   const at::Tensor dense = input.contiguous(input.suggest_memory_format());
+  const Pool2dGeometry visible = without_padding_cells(g);
   AT_DISPATCH_ALL_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "max_pool2d", [&] {
+    if (output.numel() == 0) return;
     dispatch_cells(g, [&](auto zero) {
       using cell_t = decltype(zero);
-      forward<scalar_t, cell_t>(g, dense, output,
+      forward<scalar_t, cell_t>(visible, dense, output,
                                 cells == nullptr ? nullptr : cells->mutable_data_ptr<cell_t>());
     });
   });
@@ -211,10 +212,11 @@ at::Tensor max_pool2d_scatter(const at::Tensor& grad_output, const at::Tensor& c
   at::Tensor grad_input = at::empty(input_size, grad_output.options().memory_format(format));
   if (grad_input.numel() == 0) return grad_input;
   const at::Tensor dense = grad_output.contiguous(format), dense_cells = cells.contiguous(format);
+  const Pool2dGeometry visible = without_padding_cells(g);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad_output.scalar_type(), "max_pool2d_scatter", [&] {
         dispatch_cells(g, [&](auto zero) {
-          scatter<scalar_t, decltype(zero)>(g, dense, dense_cells, grad_input);
+          scatter<scalar_t, decltype(zero)>(visible, dense, dense_cells, grad_input);
         });
       });
   return grad_input;

@@ -21,9 +21,9 @@ at::Tensor unfold(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntA
       unfold_geometry(input.sizes(), kernel_size, dilation, padding, stride, "unfold");
   const int64_t cells = g.R * g.S, pixels = g.output_pixels();
   at::Tensor result = at::empty({g.N, g.C * cells, pixels}, input.options());
-  if (result.numel() == 0) return result;
   const at::Tensor dense = input.contiguous();
   AT_DISPATCH_V2(input.scalar_type(), "unfold", AT_WRAP([&] {
+                   if (result.numel() == 0) return;
                    const auto fill = DLOPS_SIMD(fill_columns, scalar_t, scalar_t);
                    const scalar_t* from = dense.const_data_ptr<scalar_t>();
                    scalar_t* to = result.mutable_data_ptr<scalar_t>();
@@ -48,10 +48,10 @@ at::Tensor fold(const at::Tensor& input, at::IntArrayRef output_size, at::IntArr
       fold_geometry(input.sizes(), output_size, kernel_size, dilation, padding, stride, "fold");
   const int64_t cells = g.R * g.S, pixels = g.output_pixels();
   at::Tensor result = at::empty({g.N, g.C, g.H, g.W}, input.options());
-  if (result.numel() == 0) return result;
   const at::Tensor dense = input.contiguous();
   AT_DISPATCH_V2(
       input.scalar_type(), "fold", AT_WRAP([&] {
+        if (result.numel() == 0) return;
         using sum_t = at::opmath_type<scalar_t>;
         constexpr bool same_type = std::is_same_v<scalar_t, sum_t>;
         // Sums of a low-precision type are kept in float32 until all of them are in.

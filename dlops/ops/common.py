@@ -1,8 +1,9 @@
 """What the ops share: argument normalisation, autocast, how an op is called eagerly or traced."""
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,17 +18,20 @@ REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 AUTOCAST_DEVICES = {name for name in ("cpu", "cuda") if torch.amp.is_autocast_available(name)}
 
 
-def pair(value: int | Sequence[int], name: str, op: str) -> list[int]:
-    """``value`` as [height, width]; an int or a single value stands for both."""
+def pair(value: int | Sequence[int], name: str, op: str, single: bool = True) -> list[int]:
+    """``value`` as [height, width]; an int, or with ``single`` one in a list, stands for both."""
     if isinstance(value, (list, tuple)):
-        if len(value) == 1:
+        if not all(is_int(entry) and fits(entry) for entry in value):
+            raise TypeError(f"{op}: {name} must be ints of 64 bits, got {tuple(value)}")
+        if len(value) == 1 and single:
             return [value[0], value[0]]
         if len(value) != 2:
             raise RuntimeError(f"{op}: {name} must be one int or two, got {tuple(value)}")
         return list(value)
-    if not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
-    return [value, value]
+    if not single and is_int(value) and not fits(value):  # native's type for the same
+        raise TypeError(f"{op}: {name} must fit in 64 bits, got {value}")
+    number = check_int(value, name, op)
+    return [number, number]
 
 
 def check_tensor(value: Any, name: str, op: str) -> None:
@@ -35,9 +39,31 @@ def check_tensor(value: Any, name: str, op: str) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
 
 
-def check_int(value: Any, name: str, op: str) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
+def is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def fits(value: int) -> bool:
+    """Whether a kernel can take it, as a 64-bit integer; a traced one always does."""
+    return torch.compiler.is_compiling() or -(2**63) <= value < 2**63
+
+
+def check_int(value: Any, name: str, op: str) -> int:
+    if not is_int(value):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    if not fits(value):
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
+    return value
+
+
+def check_number(value: Any, name: str, op: str) -> None:
+    if not isinstance(value, (numbers.Real, Tensor, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def check_bool(value: Any, name: str, op: str) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
 
 
 def reduction_number(reduction: str, op: str) -> int:

@@ -5,11 +5,11 @@ from typing import Any
 
 import matplotlib
 
+from .logs import History
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
-
-History = list[dict[str, Any]]
 
 
 def learning_curves(path: Path, title: str, histories: dict[str, History]) -> None:

@@ -1,6 +1,7 @@
 """Recipes: what is trained and how, as TOML files that the command line can override."""
 
 import tomllib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from .errors import UsageError
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
+OVERFIT = ("images", "epochs", "batch_size")
+OPTIONAL = {"schedule", "augment", "normalize", "overfit"}
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class Recipe:
     optimizer: dict[str, Any]
     loss: dict[str, Any]
     schedule: dict[str, Any] = field(default_factory=dict)  # empty: a constant learning rate
+    augment: list[dict[str, Any]] = field(default_factory=list)  # of each training image
+    normalize: list[dict[str, Any]] = field(default_factory=list)  # of every image
+    overfit: dict[str, int] = field(default_factory=dict)  # images, epochs, batch_size
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size"):
@@ -32,6 +38,12 @@ class Recipe:
             table = getattr(self, key)
             if not isinstance(table, dict) or (table and not isinstance(table.get("name"), str)):
                 raise UsageError(f"recipe {self.name!r}: [{key}] must be a table with a name")
+        for key in ("augment", "normalize"):
+            steps = getattr(self, key)
+            if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+                raise UsageError(f"recipe {self.name!r}: {key} must be a list of tables, [[{key}]]")
+        if self.overfit and set(self.overfit) != set(OVERFIT):
+            raise UsageError(f"recipe {self.name!r}: [overfit] takes {', '.join(OVERFIT)}")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,7 +56,8 @@ def names() -> list[str]:
 def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read recipes/<name>.toml, or the TOML file at path ``name``, and apply ``overrides``.
 
-    Overrides map dotted keys to values: ``{"optimizer.lr": 0.01}``.
+    Overrides map dotted keys to values: ``{"optimizer.lr": 0.01}``. Where these name other
+    data than the digits, the recipe's table [real] is applied before them.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
@@ -55,7 +68,13 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
         tables = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path}: {error}") from None
-    for key, value in (overrides or {}).items():
+    overrides, real = overrides or {}, tables.pop("real", {})
+    if not isinstance(real, dict):
+        raise UsageError(f"recipe {path.stem!r}: [real] must be a table")
+    on_digits = overrides.get("data.name", "digits") == "digits"
+    # A name clears its table, so it comes before the arguments given with it.
+    given = sorted(overrides.items(), key=lambda item: not item[0].endswith(".name"))
+    for key, value in [*([] if on_digits else _flat(real)), *given]:
         _assign(tables, key, value)
     return _check(path.stem, tables)
 
@@ -71,13 +90,23 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
+def _flat(tables: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested tables as dotted keys, names first: setting one clears its table."""
+    for key in sorted(tables, key=lambda key: key != "name"):
+        value = tables[key]
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def _assign(tables: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         tables = tables.setdefault(parent, {})
         if not isinstance(tables, dict):
             raise UsageError(f"cannot set {key}: {parent} is not a table")
-    if last == "name" and tables.get("name") != value:
+    if last == "name" and parents != ["data"] and tables.get("name") != value:
         tables.clear()  # the arguments belong to the builder that this replaces
     tables[last] = value
 
@@ -87,6 +116,6 @@ def _check(name: str, tables: dict[str, Any]) -> Recipe:
     if unknown := sorted(tables.keys() - known):
         known_keys = ", ".join(sorted(known))
         raise UsageError(f"recipe {name!r} has unknown {', '.join(unknown)}; known: {known_keys}")
-    if missing := sorted(known - {"schedule"} - tables.keys()):
+    if missing := sorted(known - OPTIONAL - tables.keys()):
         raise UsageError(f"recipe {name!r} lacks {', '.join(missing)}")
     return Recipe(name=name, **tables)

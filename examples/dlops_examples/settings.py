@@ -22,16 +22,20 @@ class Settings:
     compile: bool = False
     deterministic: bool = False
     limit: int | None = None  # train and test on at most so many images each
+    workers: int = 0  # processes that augment images
+    root: Path = Path("data")  # where data sets are
+    download: bool = False
+    tensorboard: bool = False
     resume: bool = False
     out: Path = Path("runs")
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLS:
             raise UsageError(f"impl must be one of {', '.join(IMPLS)}, got {self.impl!r}")
-        for name in ("threads", "limit"):
+        for name, least in (("threads", 1), ("limit", 1), ("workers", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"--{name} must be at least 1, got {value}")
+            if value is not None and value < least:
+                raise UsageError(f"--{name} must be at least {least}, got {value}")
         if not (found := re.fullmatch(r"cpu|cuda(?::(\d+))?", self.device)):
             raise UsageError(f"--device must be cpu, cuda or cuda:N, got {self.device!r}")
         devices = torch.cuda.device_count()

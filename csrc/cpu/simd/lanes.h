@@ -9,6 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/simd/rounded.h"
+
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
 
@@ -70,8 +72,7 @@ Vector<T, lanes> load_part(const from_t* from, int64_t count) {
 template <int64_t lanes, class V, class to_t>
 void store_part(V values, to_t* to, int64_t count) {
   if constexpr (std::is_class_v<to_t>) {  // BFloat16 and Half
-    for (int64_t l = 0; l < (count < lanes ? count : lanes); ++l)
-      to[l] = static_cast<to_t>(static_cast<float>(values[l]));
+    for (int64_t l = 0; l < (count < lanes ? count : lanes); ++l) to[l] = rounded<to_t>(values[l]);
   } else {
     const Vector<to_t, lanes> converted = __builtin_convertvector(values, Vector<to_t, lanes>);
     if (count >= lanes) {

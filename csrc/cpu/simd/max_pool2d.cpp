@@ -213,7 +213,7 @@ void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const sc
       work.held[slot] = ih;
       work.window[i] = row;
     }
-    const id_t base = static_cast<id_t>(r.begin * g.kernel_w);
+    const id_t base = static_cast<id_t>(g.cell_number(r.begin, 0));
     for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
       Windows<scalar_t, cell_t, blocks> windows;
       for (int64_t b = 0; b < blocks; ++b)
@@ -221,7 +221,7 @@ void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const sc
       for (int64_t i = r.begin; i < r.end; ++i) {
         const value_t* values = work.window[i] + ow;
         for (int64_t s = 0; s < g.kernel_w; ++s)
-          windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(i * g.kernel_w + s));
+          windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(g.cell_number(i, s)));
       }
       windows.store(output + oh * g.OW + ow, cells == nullptr ? nullptr : cells + oh * g.OW + ow,
                     g.OW - ow);
@@ -245,7 +245,7 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
                     [&](int64_t oh, int64_t r) {
                       work.keep(g, oh, grad_output, cells);
                       work.windows[2 * count] = oh % work.slots * work.width + work.margin;
-                      work.windows[2 * count + 1] = r * g.kernel_w;
+                      work.windows[2 * count + 1] = g.cell_number(r, 0);
                       ++count;
                     });
     for (int64_t phase = 0; phase < phased.phases(); ++phase) {
@@ -277,14 +277,14 @@ void max_pool2d_rows_last(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, con
   for (int64_t p = oh0 * g.OW; p < oh1 * g.OW; ++p) {
     const int64_t oh = p / g.OW, ow = p % g.OW;
     const Range r = rows_inside(g, oh), s = columns_inside(g, ow);
-    const id_t first = static_cast<id_t>(r.begin * g.kernel_w + s.begin);
+    const id_t first = static_cast<id_t>(g.cell_number(r.begin, s.begin));
     for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
       Windows<scalar_t, cell_t, blocks> windows;
       for (auto& cell : windows.cell) cell = fill<id_t, lanes>(first);
       for (int64_t i = r.begin; i < r.end; ++i) {
         for (int64_t j = s.begin; j < s.end; ++j) {
           const int64_t at = (g.input_row(oh, i) * g.W + g.input_col(ow, j)) * g.C + c;
-          windows.visit(input + at, g.C - c, static_cast<id_t>(i * g.kernel_w + j));
+          windows.visit(input + at, g.C - c, static_cast<id_t>(g.cell_number(i, j)));
         }
       }
       windows.store(output + p * g.C + c, cells == nullptr ? nullptr : cells + p * g.C + c,
@@ -309,7 +309,7 @@ void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t 
                       for_each_window(p % g.W, g.stride_w, g.pad_w, g.dilation_w, g.kernel_w, g.OW,
                                       [&](int64_t ow, int64_t s) {
                                         windows[2 * count] = (oh * g.OW + ow) * g.C;
-                                        windows[2 * count + 1] = r * g.kernel_w + s;
+                                        windows[2 * count + 1] = g.cell_number(r, s);
                                         ++count;
                                       });
                     });

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "cpu/simd/rounded.h"
 #include "max_pool2d_math.h"
 
 namespace dlops::cpu {
@@ -62,11 +63,11 @@ class PhasedRows {
       const from_t* from = phased + at;
       to_t* to = row + first;
       if (g_.stride_w == 1) {
-        for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
+        for (int64_t i = 0; i < count; ++i) to[i] = rounded<to_t>(from[i]);
       } else if (g_.stride_w == 2) {
-        for (int64_t i = 0; i < count; ++i) to[2 * i] = static_cast<to_t>(from[i]);
+        for (int64_t i = 0; i < count; ++i) to[2 * i] = rounded<to_t>(from[i]);
       } else {
-        for (int64_t i = 0; i < count; ++i) to[i * g_.stride_w] = static_cast<to_t>(from[i]);
+        for (int64_t i = 0; i < count; ++i) to[i * g_.stride_w] = rounded<to_t>(from[i]);
       }
     });
   }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cpu/simd/rounded.h"
 #include "cpu/simd/vec_math.h"
 #include "focal_loss_math.h"
 
@@ -171,7 +172,7 @@ void sigmoid_focal_loss_vjp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i)
       grad_targets[tile.begin + i] =
-          static_cast<scalar_t>(upstream(grad, tile.begin + i) * general(tile, i, args.gamma).t);
+          rounded<scalar_t>(upstream(grad, tile.begin + i) * general(tile, i, args.gamma).t);
   });
 }
 
@@ -229,8 +230,8 @@ void sigmoid_focal_loss_hvp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
       const int64_t at = tile.begin + i;
       const SoftSigmoidFocal<double> focal = general(tile, i, args.gamma);
       grad_targets[at] =
-          static_cast<scalar_t>(upstream(grad, at) * (focal.xt * tangent(tangent_inputs, at) +
-                                                      focal.tt * tangent(tangent_targets, at)));
+          rounded<scalar_t>(upstream(grad, at) * (focal.xt * tangent(tangent_inputs, at) +
+                                                  focal.tt * tangent(tangent_targets, at)));
     }
   });
 }

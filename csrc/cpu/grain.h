@@ -1,0 +1,17 @@
+// How many tasks a thread must get for the split to pay.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace dlops::cpu {
+
+// Multiply-adds below which waking another thread costs more than it saves.
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+// at::parallel_for's grain for tasks of so many multiply-adds.
+inline int64_t grain(int64_t work_per_task) {
+  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
+}
+
+}  // namespace dlops::cpu

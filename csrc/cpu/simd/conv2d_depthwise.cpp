@@ -1,0 +1,174 @@
+#include "cpu/simd/conv2d_depthwise.h"
+
+#include <ATen/cpu/vec/functional.h>
+
+#include <algorithm>
+
+#include "cpu/simd/registers.h"
+
+namespace dlops::cpu {
+namespace {
+
+constexpr int kPixels = 4;
+
+// `count` is a full vector's but for the last channels.
+template <class T>
+Vec<T> load(const T* from, int64_t count) {
+  return count >= Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
+}
+
+// P destinations of one run at V vectors of channels, the last of which holds `tail` of them.
+template <int P, int V, class T>
+void sum_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i, int64_t c,
+               int64_t tail, const T* from, const T* weight, const T* bias, T* to) {
+  constexpr int64_t L = Vec<T>::size();
+  const auto lanes = [&](int v) { return v + 1 < V ? L : tail; };
+  Vec<T> sum[P][V];
+  for (int v = 0; v < V; ++v) {
+    const Vec<T> start = bias == nullptr ? Vec<T>(T(0)) : load(bias + c + v * L, lanes(v));
+    for (int p = 0; p < P; ++p) sum[p][v] = start;
+  }
+  for (int64_t r = 0; r < row.tap_count; ++r) {
+    const T* from_row = from + row.taps[r].source * d.from_width * d.C + c;
+    const T* weight_row = weight + row.taps[r].cell * d.S * d.C + c;
+    for (int64_t s = 0; s < run.tap_count; ++s) {
+      const T* x = from_row + (run.taps[s].source + i * run.source_step) * d.C;
+      const T* w = weight_row + run.taps[s].cell * d.C;
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> factor = load(w + v * L, lanes(v));
+        for (int p = 0; p < P; ++p) {
+          const Vec<T> value = load(x + p * run.source_step * d.C + v * L, lanes(v));
+          sum[p][v] = at::vec::fmadd(value, factor, sum[p][v]);
+        }
+      }
+    }
+  }
+  for (int p = 0; p < P; ++p) {
+    T* out = to + (row.first * d.to_width + run.first + (i + p) * run.step) * d.C + c;
+    for (int v = 0; v < V; ++v) {
+      if (lanes(v) == L) {
+        sum[p][v].store(out + v * L);
+      } else {
+        sum[p][v].store(out + v * L, static_cast<int>(tail));
+      }
+    }
+  }
+}
+
+template <int P, class T>
+void sum_channels(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i,
+                  const T* from, const T* weight, const T* bias, T* to) {
+  constexpr int64_t L = Vec<T>::size();
+  constexpr int V = kSums / 8;
+  int64_t c = 0;
+  for (; c + V * L <= d.C; c += V * L)
+    sum_block<P, V>(d, row, run, i, c, L, from, weight, bias, to);
+  for (; c < d.C; c += L)
+    sum_block<P, 1>(d, row, run, i, c, std::min(L, d.C - c), from, weight, bias, to);
+}
+
+// sums[s][lane] += grad[ow][lane] * input[ow + s][lane] over the output columns [ow0, ow1), for B
+// neighbouring kernel columns, at V vectors of channels.
+template <int B, int V, class T>
+void correlate_row(const T* grad, const T* input, int64_t ow0, int64_t ow1, int64_t input_step,
+                   int64_t cell_step, int64_t C, int64_t tail, T* sums) {
+  constexpr int64_t L = Vec<T>::size();
+  const auto lanes = [&](int v) { return v + 1 < V ? L : tail; };
+  Vec<T> sum[B][V];
+  for (int s = 0; s < B; ++s)
+    for (int v = 0; v < V; ++v) sum[s][v] = Vec<T>::loadu(sums + (s * V + v) * L);
+  for (int64_t ow = ow0; ow < ow1; ++ow) {
+    for (int v = 0; v < V; ++v) {
+      const Vec<T> g = load(grad + ow * C + v * L, lanes(v));
+      for (int s = 0; s < B; ++s) {
+        const Vec<T> x = load(input + ow * input_step + s * cell_step + v * L, lanes(v));
+        sum[s][v] = at::vec::fmadd(g, x, sum[s][v]);
+      }
+    }
+  }
+  for (int s = 0; s < B; ++s)
+    for (int v = 0; v < V; ++v) sum[s][v].store(sums + (s * V + v) * L);
+}
+
+// The kernel columns [s, s + B) of kernel row r, over a whole image.
+template <int B, int V, class T>
+void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const T* grad, const T* input,
+                     int64_t tail, double* sums) {
+  constexpr int64_t L = Vec<T>::size();
+  T partial[B * V * L] = {};
+  Interval inside[B], common{0, g.OW};
+  for (int b = 0; b < B; ++b) {
+    inside[b] = inside_columns(g, s + b);
+    common = {std::max(common.begin, inside[b].begin), std::min(common.end, inside[b].end)};
+  }
+  if (common.begin > common.end) common = {g.OW, g.OW};
+  const int64_t input_step = g.stride_w * g.C, cell_step = g.dilation_w * g.C;
+  for (int64_t oh = 0; oh < g.OH; ++oh) {
+    const int64_t ih = g.input_row(oh, r);
+    if (!g.row_inside(ih)) continue;
+    const T* from = grad + oh * g.OW * g.C;
+    const T* with = input + (ih * g.W + g.input_col(0, s)) * g.C;
+    correlate_row<B, V>(from, with, common.begin, common.end, input_step, cell_step, g.C, tail,
+                        partial);
+    for (int b = 0; b < B; ++b) {
+      const T* cell = with + b * cell_step;
+      T* sum = partial + b * V * L;
+      correlate_row<1, V>(from, cell, inside[b].begin, std::min(inside[b].end, common.begin),
+                          input_step, cell_step, g.C, tail, sum);
+      correlate_row<1, V>(from, cell, std::max(inside[b].begin, common.end), inside[b].end,
+                          input_step, cell_step, g.C, tail, sum);
+    }
+  }
+  for (int b = 0; b < B; ++b) {
+    for (int64_t i = 0; i < (V - 1) * L + tail; ++i)
+      sums[((r * g.S + s + b) * g.C) + i] += static_cast<double>(partial[b * V * L + i]);
+  }
+}
+
+template <int V, class T>
+void correlate_vectors(const Conv2dGeometry& g, const T* grad, const T* input, int64_t tail,
+                       double* sums) {
+  for (int64_t r = 0; r < g.R; ++r) {
+    int64_t s = 0;
+    for (; s + 3 <= g.S; s += 3) correlate_cells<3, V>(g, r, s, grad, input, tail, sums);
+    for (; s < g.S; ++s) correlate_cells<1, V>(g, r, s, grad, input, tail, sums);
+  }
+}
+
+}  // namespace
+
+template <int capability, class T>
+void sum_taps(const DepthwiseSum& d, int64_t row0, int64_t row1, const T* from, const T* weight,
+              const T* bias, T* to) {
+  for (int64_t row = row0; row < row1; ++row) {
+    for (int64_t k = 0; k < d.col_runs; ++k) {
+      const TapRun& run = d.cols[k];
+      int64_t i = 0;
+      for (; i + kPixels <= run.count; i += kPixels)
+        sum_channels<kPixels>(d, d.rows[row], run, i, from, weight, bias, to);
+      for (; i < run.count; ++i) sum_channels<1>(d, d.rows[row], run, i, from, weight, bias, to);
+    }
+  }
+}
+
+template <int capability, class T>
+void correlate_channels(const Conv2dGeometry& g, const T* grad, const T* input, int64_t c0,
+                        int64_t c1, double* sums) {
+  constexpr int64_t L = Vec<T>::size();
+  constexpr int V = kSums / 4;
+  int64_t c = c0;
+  for (; c + V * L <= c1; c += V * L) correlate_vectors<V>(g, grad + c, input + c, L, sums + c);
+  for (; c < c1; c += L)
+    correlate_vectors<1>(g, grad + c, input + c, std::min(L, c1 - c), sums + c);
+}
+
+#define DLOPS_INSTANTIATE(T)                                                                    \
+  template void sum_taps<DLOPS_CAPABILITY>(const DepthwiseSum&, int64_t, int64_t, const T*,     \
+                                           const T*, const T*, T*);                             \
+  template void correlate_channels<DLOPS_CAPABILITY>(const Conv2dGeometry&, const T*, const T*, \
+                                                     int64_t, int64_t, double*);
+
+DLOPS_INSTANTIATE(float)
+DLOPS_INSTANTIATE(double)
+
+}  // namespace dlops::cpu

@@ -1,0 +1,1 @@
+"""One module a study; study.py is what they share."""

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Builds dlops' C++ with sanitizers, apart from the usual build, and runs tests of every op on it.
+#
+#   scripts/sanitize.sh [python [address | thread ...]]
+#
+# address   AddressSanitizer and UndefinedBehaviorSanitizer, on every CPU capability that the
+#           machine has
+# thread    ThreadSanitizer, with at::parallel_for made of threads that it can follow
+#
+# torch itself is not instrumented. Each part begins with a fault on purpose, which must be found.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=$(command -v "${1:-python}")
+shift || true
+parts=("$@")
+((${#parts[@]})) || parts=(address thread)
+
+library() { ${CXX:-c++} -print-file-name="$1"; }
+
+build() { # name, flags
+  echo "==== $1: building"
+  DLOPS_CUDA=0 DLOPS_WERROR=0 DLOPS_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer $2" \
+    "$python" setup.py --quiet build --build-base "build/sanitize/$1" > "build/sanitize/$1.log" 2>&1 ||
+    { tail -n 30 "build/sanitize/$1.log"; exit 1; }
+}
+
+# Runs a command on the build of that name.
+sanitized() {
+  local name=$1 preload=("$(library libstdc++.so)")
+  shift
+  case $name in
+    address) preload=("$(library libasan.so)" "$(library libubsan.so)" "${preload[@]}") ;;
+    thread) preload=("$(library libtsan.so)" "${preload[@]}") ;;
+  esac
+  # Addresses are not laid out at random: ThreadSanitizer's own must stay free.
+  PYTHONPATH=$(echo "$root/build/sanitize/$name"/lib*):$root/tests \
+    LD_PRELOAD="${preload[*]}" \
+    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:print_warnings=0 \
+    UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+    TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:exitcode=66 \
+    OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 DLOPS_FUZZ_EXAMPLES=40 \
+    setarch -R "$@"
+}
+
+must_be_found() { # name, what the report says, command
+  local name=$1 report=$2 output
+  shift 2
+  if output=$(sanitized "$name" "$@" 2>&1) || ! grep -q "$report" <<< "$output"; then
+    printf '%s\nsanitize: a fault on purpose was not reported (%s)\n' "$output" "$report"
+    exit 1
+  fi
+}
+
+pytest() { # name, arguments
+  local name=$1
+  shift
+  sanitized "$name" "$python" -m pytest -q -p no:cacheprovider --no-header "$@"
+}
+
+ops=(tests/test_conv2d.py tests/test_unfold.py tests/test_max_pool2d.py tests/test_focal_loss.py
+  tests/test_sigmoid_focal_loss.py)
+
+address() {
+  build address "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all"
+  must_be_found address heap-buffer-overflow "$python" tests/sanitize/faults.py overflow
+  must_be_found address "runtime error" "$python" tests/sanitize/faults.py misaligned
+  local capability
+  for capability in default avx2 avx512; do
+    grep -qw "${capability/avx512/avx512vl}" /proc/cpuinfo || [ "$capability" = default ] || continue
+    echo "==== address: tests, $capability"
+    ATEN_CPU_CAPABILITY=$capability pytest address "${ops[@]}" -m "exact or special or layout"
+  done
+  echo "==== address: bad input and generated calls"
+  pytest address tests/test_invalid.py tests/fuzz
+}
+
+thread() {
+  build thread "-fsanitize=thread -include $root/tests/sanitize/parallel_threads.h"
+  DLOPS_SEEDED_RACE=1 must_be_found thread "data race" "$python" tests/sanitize/faults.py race
+  echo "==== thread: tests"
+  pytest thread "${ops[@]}" -m "exact or special or layout"
+}
+
+mkdir -p build/sanitize
+for part in "${parts[@]}"; do "$part"; done
+echo "sanitize: nothing found"

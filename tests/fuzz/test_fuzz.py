@@ -1,0 +1,279 @@
+"""Generated calls, valid and invalid: each agrees with native or is refused as native refuses it.
+
+    DLOPS_FUZZ_EXAMPLES=20000 python -m pytest tests/fuzz
+
+runs more examples of each op than the 500 of the default suite. A failure prints the call.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import native
+import pytest
+import torch
+from checks import normal
+from hypothesis import HealthCheck, assume, event, given, settings
+from known import EXTENSIONS, NATIVE_FAULTS, OTHER_TYPES, REFUSALS, elements, shape_only
+from strategies import CALLS, Call
+from tolerances import TOLERANCES, assert_accurate
+from torch import Tensor
+
+import dlops
+
+pytestmark = pytest.mark.fuzz
+
+EXAMPLES = int(os.environ.get("DLOPS_FUZZ_EXAMPLES", "500"))
+
+OURS = SimpleNamespace(functional=dlops.functional, nn=dlops.nn)
+NATIVE = SimpleNamespace(functional=native, nn=torch.nn)
+MODULES = {"conv2d": "Conv2d", "max_pool2d": "MaxPool2d", "unfold": "Unfold", "fold": "Fold"}
+# Tensors that have no gradient in ours.
+UNDIFFERENTIABLE = {"focal_loss": ("weight",)}
+LOSSES = ("sigmoid_focal_loss", "focal_loss")
+
+
+def perform(side: Any, op: str, call: Call, tensors: dict[str, Tensor | None]) -> Any:
+    """The call on dlops' or native's side, through a function or a module."""
+    arguments = dict(call.arguments)
+    if op == "focal_loss" and side is NATIVE:
+        gamma = arguments.pop("gamma")
+        if gamma == 0:
+            return native.cross_entropy(**tensors, **arguments)  # type: ignore[arg-type]
+        native.cross_entropy(**tensors, **arguments)  # type: ignore[arg-type]  # refuses alike
+        target = tensors["target"]
+        if target is not None and target.dtype == torch.uint8:
+            tensors = {**tensors, "target": target.long()}
+        # Native reads a negative smoothing as none.
+        arguments["label_smoothing"] = max(arguments["label_smoothing"], 0.0)
+        return native.focal_loss(**tensors, **arguments, gamma=gamma)  # type: ignore[arg-type]
+    if op in MODULES and call.module:
+        if op == "conv2d":
+            return convolution_module(side, tensors, arguments)
+        return getattr(side.nn, MODULES[op])(**arguments)(tensors["input"])
+    return getattr(side.functional, op)(**tensors, **arguments)
+
+
+def convolution_module(side: Any, tensors: dict[str, Any], arguments: dict[str, Any]) -> Tensor:
+    input, weight, bias = tensors["input"], tensors["weight"], tensors["bias"]
+    if weight.dim() != 4 or weight.numel() > 2**20 or not isinstance(arguments["groups"], int):
+        return side.functional.conv2d(**tensors, **arguments)
+    outputs, channels, *kernel = weight.shape
+    module = side.nn.Conv2d(
+        channels * arguments["groups"],
+        outputs,
+        tuple(kernel),
+        **arguments,
+        bias=bias is not None,
+        device="meta",
+    )
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return torch.func.functional_call(module, parameters, (input,))
+
+
+def outcome(
+    side: Any,
+    op: str,
+    call: Call,
+    prepare: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+    prepare_grad: Callable[[Tensor], Tensor] = torch.Tensor.detach,
+) -> dict[str, Tensor] | Exception:
+    """Values and gradients, or what was raised."""
+    tensors = {name: t if t is None else prepare(t) for name, t in call.tensors().items()}
+    wanted = {}
+    for name, t in tensors.items():
+        differentiable = t is not None and (t.is_floating_point() or t.is_complex())
+        if differentiable and name not in UNDIFFERENTIABLE.get(op, ()):
+            wanted[name] = t.requires_grad_() if t.is_leaf else t
+    try:
+        result = perform(side, op, call, tensors)
+        results = {}
+        if isinstance(result, tuple):
+            result, results["indices"] = result
+        results["value"] = result.detach()
+        if wanted and result.requires_grad and not result.is_meta:
+            grad_output = prepare_grad(normal(result.shape, 99).to(rounding(call)).to(result))
+            gradients = torch.autograd.grad(
+                result, list(wanted.values()), grad_output, allow_unused=True
+            )
+            named = zip(wanted, gradients, strict=True)
+            results |= {f"gradient of {name}": g for name, g in named if g is not None}
+        return results
+    except Exception as error:
+        return error
+
+
+def rounding(call: Call) -> torch.dtype:
+    """What the output's gradient is rounded to, the same for every side."""
+    dtypes = [spec.dtype for spec in call.specs.values() if spec is not None]
+    low = [dtype for dtype in dtypes if dtype in TOLERANCES]
+    return min(low, key=lambda dtype: dtype.itemsize, default=torch.float64)
+
+
+def in_double(x: Tensor) -> Tensor:
+    if x.is_complex():
+        return x.to(torch.complex128)
+    return x.double() if x.is_floating_point() else x
+
+
+def magnitudes(op: str, call: Call) -> dict[str, float]:
+    """What the sums of each result are made of: the same call on absolute values."""
+    if op in LOSSES:
+        return terms_of_losses(op, call)
+    results = outcome(NATIVE, op, call, absolute, torch.Tensor.abs)
+    assert isinstance(results, dict), repr(results)
+    return {name: largest(x) for name, x in results.items() if x.dtype == torch.float64}
+
+
+def terms_of_losses(op: str, call: Call) -> dict[str, float]:
+    tensors, reduction = call.tensors(), call.arguments["reduction"]
+    logits = tensors["input" if op == "focal_loss" else "inputs"]
+    assert logits is not None
+    # Gradients of the output are below 4, and those of a row are weight * (share - softmax).
+    terms = {"gradient": 4.0}
+    if op == "sigmoid_focal_loss":
+        # The formula adds logits that ours does not.
+        terms["value"] = terms["gradient of targets"] = 4 * largest(logits) + 1
+    target = tensors.get("target")
+    rows = logits.numel()
+    if target is not None:
+        rows = target.numel()
+        if target.is_floating_point():
+            terms["gradient"] *= largest(target) + call.arguments["label_smoothing"]
+    terms["gradient of input"] = terms["gradient of inputs"] = terms.pop("gradient")
+    return {name: t / max(1, rows) if reduction == "mean" else t for name, t in terms.items()}
+
+
+def largest(x: Tensor) -> float:
+    finite = x.double().abs().nan_to_num(0, 0, 0)
+    return finite.max().item() if x.numel() else 0.0
+
+
+def is_cross_entropy(op: str, call: Call) -> bool:
+    """Then native is an op, not a formula. Of infinite logits ours makes more: 0 times infinity is
+    nothing where a weight or a share is 0."""
+    logits = call.tensors().get("input")
+    infinite = logits is not None and bool(logits.isinf().any())
+    return op == "focal_loss" and call.arguments["gamma"] == 0 and not infinite
+
+
+def absolute(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.bool else in_double(x).abs()
+
+
+def check_agrees(ours: dict[str, Tensor], theirs: dict[str, Tensor], op: str, call: Call) -> None:
+    if shape_only(op, call):
+        return check_metadata(ours, theirs)
+    truth = outcome(NATIVE, op, call, in_double)
+    assert isinstance(truth, dict), repr(truth)
+    assert ours.keys() <= theirs.keys(), f"{list(ours)}, native {list(theirs)}"
+    scale = magnitudes(op, call)
+    nan = any(t is not None and bool(t.isnan().any()) for t in call.tensors().values())
+    formula = op in LOSSES and not is_cross_entropy(op, call)
+    for name, result in ours.items():
+        expected = theirs[name]
+        if not (result.is_floating_point() or result.is_complex()):
+            assert torch.equal(result.to(expected.dtype), expected), f"{name} differs"
+            continue
+        assert result.dtype == expected.dtype, f"{name}: {result.dtype}, native {expected.dtype}"
+        measured = truth[name]
+        if formula and nan:  # ours is NaN in every derivative then
+            measured = measured.masked_fill(result.isnan(), float("nan"))
+        check_accurate(result, expected, measured, name, scale.get(name, 0.0), formula)
+    return None
+
+
+def check_metadata(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    for name, expected in theirs.items():
+        result = ours[name]
+        assert result.dtype == expected.dtype, f"{name}: {result.dtype}, native {expected.dtype}"
+        assert result.shape == expected.shape, f"{name}: {result.shape}, native {expected.shape}"
+
+
+def check_accurate(
+    ours: Tensor, native: Tensor, truth: Tensor, name: str, magnitude: float, formula: bool
+) -> None:
+    """`formula`: the truth is a formula in native operators, which breaks down here and there."""
+    if ours.is_complex():
+        ours, native, truth = (torch.view_as_real(x.resolve_conj()) for x in (ours, native, truth))
+    truth = truth.double()
+    # No measure is what the dtype cannot hold, or comes out of a formula that broke down.
+    unmeasured = (truth.abs() > torch.finfo(ours.dtype).max) & truth.isfinite()
+    if formula:
+        unmeasured |= ~truth.isfinite()
+    ours, native, truth = (x.masked_fill(unmeasured, 0) for x in (ours, native, truth))
+    same_kind = native.double().nan_to_num(3, 4, 5).eq(truth.nan_to_num(3, 4, 5))
+    kept = (native.isfinite() & truth.isfinite()) | same_kind
+    native = torch.where(kept, native, truth.to(native))
+    assert_accurate(ours, native, truth, name, magnitude)
+
+
+def described(call: Call) -> str:
+    specs = "\n".join(f"  {name}: {spec}" for name, spec in call.specs.items())
+    return f"{call.arguments}{' (module)' if call.module else ''}\n{specs}"
+
+
+def check(op: str, call: Call) -> None:
+    # Sizes that would fit in memory are left to the tests of large tensors.
+    assume(not 2**20 < elements(op, call) < 2**44)
+    shapes = [spec.shape for spec in call.specs.values() if spec is not None]
+    assume(all(math.prod(max(1, size) for size in shape) < 2**62 for shape in shapes))
+    ours = outcome(OURS, op, call)
+    fault = next((fault for fault in NATIVE_FAULTS if fault.applies(op, call)), None)
+    if fault is not None:
+        event(f"not compared: {fault.reason}")
+        check_sane(ours)
+        assert isinstance(ours, Exception) or not fault.refused, ours
+        return
+    theirs = outcome(NATIVE, op, call)
+    for known in EXTENSIONS:
+        if isinstance(theirs, Exception) and known.applies(op, call):
+            event(f"compared with another call: {known.reason}")
+            call = known.instead(call)
+            theirs = outcome(NATIVE, op, call)
+    if isinstance(ours, Exception):
+        allowed = REFUSALS if isinstance(theirs, dict) else OTHER_TYPES
+        excused = any(known.applies(op, call) for known in allowed)
+        excused = excused or (isinstance(theirs, Exception) and "allocate memory" in str(ours))
+        assert excused or isinstance(ours, kind(theirs)), f"native: {theirs!r}\nours: {ours!r}"
+        event("refused")
+        return
+    if shape_only(op, call) and isinstance(theirs, NotImplementedError):
+        return  # A dtype without a kernel is no matter on the meta device.
+    assert isinstance(theirs, dict), f"native: {theirs!r}\nours: {ours}"
+    event("agrees")
+    check_agrees(ours, theirs, op, call)
+
+
+def kind(theirs: dict[str, Tensor] | Exception) -> type[Exception] | tuple[()]:
+    """What ours may raise where native did that."""
+    if isinstance(theirs, dict):
+        return ()
+    if "allocate memory" in str(theirs):  # ours looks at the other arguments first
+        return Exception
+    # Where two arguments are bad, ours may name the other one first.
+    return RuntimeError if isinstance(theirs, NotImplementedError) else type(theirs)
+
+
+def check_sane(result: dict[str, Tensor] | Exception) -> None:
+    if isinstance(result, Exception):
+        assert isinstance(result, (RuntimeError, ValueError, TypeError, IndexError)), repr(result)
+    else:
+        assert math.prod(result["value"].shape) < 2**44
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_agrees_or_refuses_as_native(op: str) -> None:
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
+    @given(call=CALLS[op])
+    def fuzz(call: Call) -> None:
+        try:
+            check(op, call)
+        except AssertionError as error:
+            raise AssertionError(f"{op} {described(call)}\n{error}") from error
+
+    fuzz()
