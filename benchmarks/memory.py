@@ -1,4 +1,4 @@
-"""``python -m benchmarks.memory``: peak memory of forward and backward beside native's."""
+"""``python -m benchmarks.memory``: peak memory of forward + backward beside native's, a table."""
 
 import argparse
 import os
