@@ -182,9 +182,11 @@ def bias_of_other_dtype(op: str, call: Call) -> bool:
 
 
 def padded_past_62_bits(op: str, call: Call) -> bool:
-    window = axes(op, call) if op == "conv2d" else None
-    same = call.arguments.get("padding") == "same"
-    return window is not None and same and any(axis.span > 2**62 - axis.size for axis in window)
+    window = axes(op, call) if op in WINDOWED else None
+    if window is None:
+        return False
+    # padding="same" pads by the window's span.
+    return any(max(axis.padded, axis.size + axis.span) > 2**62 for axis in window)
 
 
 def batch_checked_less(op: str, call: Call) -> bool:
@@ -214,9 +216,15 @@ def gamma_is_no_number(op: str, call: Call) -> bool:
     return "gamma" in call.arguments and call.arguments["gamma"] is None
 
 
+def not_an_image(op: str, call: Call) -> bool:
+    spec = call.specs.get("input")
+    return op == "unfold" and spec is not None and len(spec.shape) < 3
+
+
 # Both refuse, for different reasons.
 OTHER_TYPES = [
     Known("native's errors about scalars and empty tensors come from deep inside", scalar_or_empty),
+    Known("native looks for dimensions that are not there", not_an_image),
     Known("a label_smoothing that is NaN is seen first", smoothing_is_nan),
     Known("a gamma that is no number is seen first", gamma_is_no_number),
 ]
@@ -246,7 +254,8 @@ def integer_convolution(op: str, call: Call) -> bool:
 
 def promoted(op: str, call: Call) -> bool:
     dtypes = {dtype_of(call, name) for name in ("inputs", "targets")}
-    promotable = dtypes <= {*FLOATING, *INTEGER, torch.bool, torch.uint16, torch.uint64}
+    others = {*INTEGER, torch.bool, torch.uint16, torch.uint64}
+    promotable = dtypes <= {*FLOATING, *others} and not dtypes <= others
     return op == "sigmoid_focal_loss" and len(dtypes) == 2 and promotable
 
 
