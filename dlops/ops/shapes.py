@@ -226,7 +226,7 @@ def focal_loss_shape(
     loss = [input.shape[0], *input.shape[2:]] if batched else []
     check_value(
         op,
-        not batched or target.dim() == 0 or target.shape[0] == input.shape[0],
+        not batched or (target.dim() > 0 and target.shape[0] == input.shape[0]),
         f"expected input batch_size ({input.shape[0]}) to match target batch_size, "
         f"got input of shape {tuple(input.shape)} and target of shape {tuple(target.shape)}",
     )
@@ -239,6 +239,12 @@ def focal_loss_shape(
             op,
             target.dtype == torch.int64,
             f"target must hold class indices (int64) or class probabilities, got {target.dtype}",
+        )
+        check(
+            op,
+            batched or target.shape != input.shape,
+            "target in the shape of input must hold class probabilities, "
+            f"got {target.dtype} of shape {tuple(target.shape)}",
         )
         check_value(
             op,

@@ -194,8 +194,14 @@ def batch_checked_less(op: str, call: Call) -> bool:
     return op == "conv2d" and spec is not None and math.prod(spec.shape) == 0
 
 
+def no_kernel_without_data(op: str, call: Call) -> bool:
+    dtypes = {spec.dtype for spec in call.specs.values() if spec is not None}
+    return shape_only(op, call) and not dtypes <= set(FLOATING)
+
+
 # Native answers, and dlops refuses with a message that says so.
 REFUSALS = [
+    Known("a dtype without a kernel is refused on the meta device as well", no_kernel_without_data),
     Known("complex32 convolution is an error", complex_half),
     Known("class probabilities must have the dtype of the logits", mixed_probabilities),
     Known("the weight must have the dtype of the logits", weight_of_other_dtype),
@@ -221,8 +227,14 @@ def not_an_image(op: str, call: Call) -> bool:
     return op == "unfold" and spec is not None and len(spec.shape) < 3
 
 
+def other_targets(op: str, call: Call) -> bool:
+    spec = call.specs.get("targets")
+    return op == "sigmoid_focal_loss" and spec is not None and spec.dtype not in FLOATING
+
+
 # Both refuse, for different reasons.
 OTHER_TYPES = [
+    Known("of a wrong dtype and another wrong argument, either may be seen first", other_targets),
     Known("native's errors about scalars and empty tensors come from deep inside", scalar_or_empty),
     Known("native looks for dimensions that are not there", not_an_image),
     Known("a label_smoothing that is NaN is seen first", smoothing_is_nan),
@@ -253,10 +265,10 @@ def integer_convolution(op: str, call: Call) -> bool:
 
 
 def promoted(op: str, call: Call) -> bool:
-    dtypes = {dtype_of(call, name) for name in ("inputs", "targets")}
-    others = {*INTEGER, torch.bool, torch.uint16, torch.uint64}
-    promotable = dtypes <= {*FLOATING, *others} and not dtypes <= others
-    return op == "sigmoid_focal_loss" and len(dtypes) == 2 and promotable
+    inputs, targets = dtype_of(call, "inputs"), dtype_of(call, "targets")
+    promotable = {*FLOATING, *INTEGER, torch.bool, torch.uint16, torch.uint64}
+    mixed = inputs != targets and inputs in promotable and targets in FLOATING
+    return op == "sigmoid_focal_loss" and mixed
 
 
 def negative_alpha(op: str, call: Call) -> bool:
