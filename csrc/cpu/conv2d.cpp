@@ -1,6 +1,7 @@
 // Convolution on the CPU: im2col panels that stay in cache, multiplied by a library's matrix
-// product (matmul.h). conv2d_panels.h says what is multiplied with what. Groups of few channels have
-// kernels of their own: conv2d_planes.h for contiguous tensors, conv2d_depthwise.h for channels_last.
+// product (matmul.h). conv2d_panels.h says what is multiplied with what. Groups of few channels
+// have kernels of their own: conv2d_planes.h for contiguous tensors, conv2d_depthwise.h for
+// channels_last.
 //
 // The cut into panels depends on the shapes alone, never on the number of threads, and every sum
 // has one fixed order: the same call gives the same bits on any number of threads.
