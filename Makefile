@@ -28,7 +28,7 @@ build: $(VENV)/.built ## build dlops and install it, editable
 train: build ## train the default network on dlops' layers
 	$(PY) examples/train.py $(ARGS)
 
-experiments: build ## run every experiment on its defaults (half an hour on two cores)
+experiments: build ## run every experiment on its defaults (eight minutes on two cores)
 	$(PY) examples/run_all.py $(ARGS)
 
 test: build ## run the test suite
