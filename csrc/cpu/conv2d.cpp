@@ -18,6 +18,7 @@
 #include "cpu/conv2d_depthwise.h"
 #include "cpu/conv2d_panels.h"
 #include "cpu/conv2d_planes.h"
+#include "cpu/conv2d_strips.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
@@ -184,6 +185,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
+  if (takes_strips(g, input.scalar_type(), computed)) {
+    strips_forward(g, dense, weight, sum_bias, result, computed);
+    return result.contiguous(format);
+  }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
@@ -275,6 +280,10 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   const at::Tensor dense = grad_output.contiguous(computed);
   if (computed == at::MemoryFormat::Contiguous && takes_planes(g, grad_output.scalar_type()) &&
       planes_grad_input(g, dense, dense_weight(weight), result)) {
+    return result.contiguous(format);
+  }
+  if (takes_strips(g, grad_output.scalar_type(), computed)) {
+    strips_grad_input(g, dense, weight, result, computed);
     return result.contiguous(format);
   }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
@@ -385,6 +394,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     const at::Tensor plain = at::empty(result.sizes(), result.options());
     planes_grad_weight(g, dense_grad, dense_input, plain);
     return result.copy_(plain);
+  }
+  if (computed == format && takes_strips(g, input.scalar_type(), format)) {
+    strips_grad_weight(g, dense_grad, dense_input, result, format);
+    return result;
   }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {

@@ -250,12 +250,14 @@ sum_t sum_row(const from_t* from, int64_t count) {
   DLOPS_INSTANTIATE_SCATTER(scalar_t, scalar_t) \
   DLOPS_INSTANTIATE_COPIES(scalar_t, scalar_t)
 
-#define DLOPS_INSTANTIATE_LOW(scalar_t)      \
-  DLOPS_INSTANTIATE_FILL(scalar_t, scalar_t) \
-  DLOPS_INSTANTIATE_FILL(scalar_t, float)    \
-  DLOPS_INSTANTIATE_SCATTER(scalar_t, float) \
-  DLOPS_INSTANTIATE_COPIES(scalar_t, float)  \
-  template void convert_row<DLOPS_CAPABILITY, float, scalar_t>(const float*, scalar_t*, int64_t);
+#define DLOPS_INSTANTIATE_LOW(scalar_t)                                                           \
+  DLOPS_INSTANTIATE_FILL(scalar_t, scalar_t)                                                      \
+  DLOPS_INSTANTIATE_FILL(scalar_t, float)                                                         \
+  DLOPS_INSTANTIATE_SCATTER(scalar_t, float)                                                      \
+  DLOPS_INSTANTIATE_COPIES(scalar_t, float)                                                       \
+  template void convert_row<DLOPS_CAPABILITY, float, scalar_t>(const float*, scalar_t*, int64_t); \
+  template void transpose<DLOPS_CAPABILITY, float, scalar_t>(const float*, int64_t, int64_t,      \
+                                                             int64_t, scalar_t*, int64_t);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)

@@ -1,0 +1,86 @@
+// Which source positions an output position meets along one axis of a convolution, and how outputs
+// that meet the same ones lie together. Free of torch.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "conv2d_math.h"
+
+namespace dlops::cpu {
+
+// Output position p of `outputs` meets the source at p * step + offsets[t], for each tap t, if that
+// lies in [0, inputs). Offsets ascend. cells[t] is the tap's place in the kernel.
+struct TapAxis {
+  int64_t outputs, inputs, step;
+  std::vector<int64_t> offsets, cells;
+
+  int64_t taps() const { return static_cast<int64_t>(offsets.size()); }
+  int64_t offset(int64_t t) const { return offsets[static_cast<size_t>(t)]; }
+  int64_t cell(int64_t t) const { return cells[static_cast<size_t>(t)]; }
+  // The outputs whose source position at tap t lies in the image.
+  Interval inside(int64_t t) const {
+    const int64_t shift = -offset(t);
+    const int64_t begin = std::min(outputs, shift > 0 ? ceil_div(shift, step) : 0);
+    const int64_t span = inputs + shift;
+    const int64_t end = span > 0 ? std::min(outputs, ceil_div(span, step)) : 0;
+    return {begin, std::max(begin, end)};
+  }
+};
+
+// The forward pass: the output meets the input.
+inline TapAxis forward_axis(int64_t outputs, int64_t inputs, int64_t kernel, int64_t stride,
+                            int64_t pad, int64_t dilation) {
+  TapAxis axis{outputs, inputs, stride, {}, {}};
+  for (int64_t r = 0; r < kernel; ++r) {
+    axis.offsets.push_back(r * dilation - pad);
+    axis.cells.push_back(r);
+  }
+  return axis;
+}
+
+// The input's gradient at the positions phase, phase + stride, ...: the input meets the gradient of
+// the output. Kernel cells that never meet it there have no tap.
+inline TapAxis backward_axis(int64_t outputs, int64_t inputs, int64_t kernel, int64_t stride,
+                             int64_t pad, int64_t dilation, int64_t phase) {
+  TapAxis axis{ceil_div(std::max<int64_t>(0, inputs - phase), stride), outputs, 1, {}, {}};
+  for (int64_t r = kernel - 1; r >= 0; --r) {
+    const int64_t position = phase + pad - r * dilation;
+    if (position % stride != 0) continue;
+    axis.offsets.push_back(position / stride);
+    axis.cells.push_back(r);
+  }
+  return axis;
+}
+
+// Outputs that meet the same taps, which stand side by side in the source.
+struct Segment {
+  Interval outputs, taps;
+};
+
+// All meetings along an axis. Without `joined`, each tap stands by itself.
+inline std::vector<Segment> segments(const TapAxis& axis, bool joined) {
+  std::vector<Segment> result;
+  for (int64_t t0 = 0, t1; t0 < axis.taps(); t0 = t1) {
+    for (t1 = t0 + 1; joined && t1 < axis.taps() && axis.offset(t1) == axis.offset(t1 - 1) + 1;)
+      ++t1;
+    int64_t p = std::min(axis.inside(t0).begin, axis.inside(t1 - 1).begin);
+    const int64_t end = std::max(axis.inside(t0).end, axis.inside(t1 - 1).end);
+    for (; p < end; ++p) {
+      const int64_t first = p * axis.step + axis.offset(t0);
+      const Interval taps{t0 + std::clamp<int64_t>(-first, 0, t1 - t0),
+                          t0 + std::clamp<int64_t>(axis.inputs - first, 0, t1 - t0)};
+      if (taps.begin >= taps.end) continue;
+      if (!result.empty() && result.back().outputs.end == p &&
+          result.back().taps.begin == taps.begin && result.back().taps.end == taps.end) {
+        ++result.back().outputs.end;
+      } else {
+        result.push_back({{p, p + 1}, taps});
+      }
+    }
+  }
+  return result;
+}
+
+}  // namespace dlops::cpu
