@@ -64,34 +64,64 @@ void fill_strip(const ImageView<scalar_t>& from, int64_t n, Interval c, Interval
   }
 }
 
-// For each output row in `y`, the source rows of all its taps side by side:
-// [y][column][tap][channel] for few channels. `space` holds taps * channels * columns elements.
+// im2col of few channels, for the output rows `y`: [y][column][row tap][column tap][channel].
 template <class scalar_t, class sum_t>
-void fill_stacked(const ImageView<scalar_t>& from, int64_t n, Interval c, const TapAxis& rows,
-                  Interval y, Interval w, sum_t* space, sum_t* to) {
-  const auto flip = DLOPS_SIMD(transpose, sum_t, sum_t);
-  const int64_t channels = length(c), width = length(w), depth = rows.taps() * channels;
-  const Interval inside = intersect(w, {0, from.W});
-  const int64_t count = length(inside), before = count > 0 ? inside.begin - w.begin : width;
-  for (int64_t out = y.begin; out < y.end; ++out, to += width * depth) {
-    sum_t* line = space;
-    for (int64_t t = 0; t < rows.taps(); ++t) {
-      const int64_t row = out * rows.step + rows.offset(t);
-      for (int64_t i = 0; i < channels; ++i, line += width) {
-        if (row < 0 || row >= from.H) {
-          std::fill_n(line, width, sum_t(0));
-          continue;
-        }
-        std::fill_n(line, before, sum_t(0));
-        std::fill_n(line + before + count, width - before - count, sum_t(0));
-        if (count == 0) continue;
-        const scalar_t* pixels = from.at(n, c.begin + i, row, inside.begin);
-        const int64_t step = from.pixel();
-        for (int64_t x = 0; x < count; ++x) line[before + x] = static_cast<sum_t>(pixels[x * step]);
-      }
+class Unfolder {
+ public:
+  Unfolder(const ImageView<scalar_t>& from, int64_t channels, const TapAxis& rows,
+           const TapAxis& cols)
+      : from_(from), channels_(channels), rows_(rows), cols_(cols) {
+    if (rows.taps() == 0 || cols.taps() == 0) return;
+    columns_ = {cols.offset(0), (cols.outputs - 1) * cols.step + cols.offset(cols.taps() - 1) + 1};
+    // Taps that stand side by side are copied as one.
+    for (int64_t j = 0; j < cols.taps(); ++j) {
+      if (j > 0 && cols.offset(j) == cols.offset(j - 1) + 1) continue;
+      runs_.push_back(j);
     }
-    flip(space, width, depth, width, to, depth);
+    run_ = (runs_.size() == 1 ? cols.taps() : 1) * channels;
+    if (runs_.size() > 1 && static_cast<int64_t>(runs_.size()) < cols.taps()) {
+      runs_.clear();
+      for (int64_t j = 0; j < cols.taps(); ++j) runs_.push_back(j);
+    }
   }
-}
+  // What fill() needs for `rows` output rows, in elements; both end in room for whole vectors.
+  int64_t space_size(int64_t rows) const {
+    const int64_t span = (rows - 1) * rows_.step + extent();
+    return span * length(columns_) * channels_ + kRunSlack;
+  }
+  int64_t size(int64_t rows) const {
+    return rows * cols_.outputs * rows_.taps() * cols_.taps() * channels_ + kRunSlack;
+  }
+
+  void fill(int64_t n, int64_t c0, Interval y, sum_t* space, sum_t* to) const {
+    if (runs_.empty()) return;
+    const Interval h{y.begin * rows_.step + rows_.offset(0),
+                     (y.end - 1) * rows_.step + rows_.offset(rows_.taps() - 1) + 1};
+    fill_strip(from_, n, {c0, c0 + channels_}, h, columns_, space);
+    const auto copy = DLOPS_SIMD(copy_runs, sum_t);
+    const int64_t row = length(columns_) * channels_;
+    std::vector<const sum_t*> runs(static_cast<size_t>(rows_.taps()) * runs_.size());
+    for (int64_t out = 0; out < length(y); ++out) {
+      auto run = runs.begin();
+      for (int64_t i = 0; i < rows_.taps(); ++i)
+        for (const int64_t j : runs_)
+          *run++ = space + (out * rows_.step + rows_.offset(i) - rows_.offset(0)) * row +
+                   (cols_.offset(j) - columns_.begin) * channels_;
+      to = copy(runs.data(), static_cast<int64_t>(runs.size()), run_, cols_.step * channels_,
+                cols_.outputs, to);
+    }
+  }
+
+ private:
+  int64_t extent() const {
+    return rows_.taps() == 0 ? 1 : rows_.offset(rows_.taps() - 1) - rows_.offset(0) + 1;
+  }
+  ImageView<scalar_t> from_;
+  int64_t channels_;
+  TapAxis rows_, cols_;
+  Interval columns_{0, 0};
+  std::vector<int64_t> runs_;
+  int64_t run_ = 0;
+};
 
 }  // namespace dlops::cpu

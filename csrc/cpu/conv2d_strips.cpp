@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
+#include <optional>
 #include <utility>
 
 #include "cpu/conv2d_strip_copies.h"
@@ -39,42 +40,65 @@ struct Correlation {
   int64_t H_in, W_in, H_out, W_out;
   int64_t row_step, col_step;
   bool from_outputs;  // the source is in the place of the convolution's output
-  // Few channels: the source rows of an output row are copied side by side, and count as channels.
-  bool stacked = false;
+  int64_t kernel_cols;
   std::vector<Phase> phases = {};
   int64_t taps = 0;
+  // For each kernel cell the place of its weights, in taps; -1 where it never meets the image.
+  std::vector<int64_t> places = {};
+  // Few channels go through im2col: then phases[0] is a 1x1 correlation of the columns.
+  std::vector<TapAxis> unfolded = {};
 
   int64_t block() const {
     const int64_t blocks = ceil_div(out_channels, kBlock);
     return std::min(out_channels, ceil_div(ceil_div(out_channels, blocks), 16) * 16);
   }
   int64_t blocks() const { return ceil_div(out_channels, block()); }
-  int64_t depth() const { return stacked ? phases[0].rows.taps() * in_channels : in_channels; }
-  // Where the weights of a tap stand, in taps from the beginning of a block's weights.
-  int64_t place(const Phase& phase, int64_t i, int64_t j) const {
-    return phase.first_tap + (stacked ? j * phase.rows.taps() + i : i * phase.cols.taps() + j);
-  }
+  // Channels of a pixel of the source that products read.
+  int64_t depth() const { return unfolded.empty() ? in_channels : taps * in_channels; }
 
-  void add(TapAxis rows, TapAxis cols, int64_t row0, int64_t col0) {
-    const int64_t first = taps;
-    taps += rows.taps() * cols.taps();
-    phases.push_back({std::move(rows), std::move(cols), {}, row0, col0, first});
+  void add(const TapAxis& rows, const TapAxis& cols, int64_t row0, int64_t col0) {
+    Phase phase{live(rows), live(cols), {}, row0, col0, taps};
+    for (int64_t i = 0; i < phase.rows.taps(); ++i)
+      for (int64_t j = 0; j < phase.cols.taps(); ++j)
+        places[static_cast<size_t>(phase.rows.cell(i) * kernel_cols + phase.cols.cell(j))] = taps++;
+    phases.push_back(std::move(phase));
+  }
+  // Of a single phase.
+  void unfold() {
+    Phase& phase = phases[0];
+    const auto same = [](const TapAxis& axis) {
+      return TapAxis{axis.outputs, axis.outputs, 1, {0}, {0}};
+    };
+    TapAxis rows = same(phase.rows), cols = same(phase.cols);
+    unfolded = {std::exchange(phase.rows, rows), std::exchange(phase.cols, cols)};
+    H_in = H_out;
+    W_in = W_out;
   }
   // `adjacent`: a pixel's channels follow those of the pixel before it.
   void finish(bool adjacent) {
-    for (Phase& phase : phases) phase.segments = segments(phase.cols, adjacent || stacked);
+    for (Phase& phase : phases) phase.segments = segments(phase.cols, adjacent);
   }
 };
 
 constexpr int64_t kFewChannels = 8;
 
 Correlation forward_correlation(const Conv2dGeometry& g) {
-  Correlation result{
-      g.N, g.groups, g.channels_per_group(), g.outputs_per_group(), g.H, g.W, g.OH, g.OW, 1,
-      1,   false};
+  Correlation result{g.N,
+                     g.groups,
+                     g.channels_per_group(),
+                     g.outputs_per_group(),
+                     g.H,
+                     g.W,
+                     g.OH,
+                     g.OW,
+                     1,
+                     1,
+                     /*from_outputs=*/false,
+                     g.S};
+  result.places.assign(static_cast<size_t>(g.R * g.S), -1);
   result.add(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h),
              forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w), 0, 0);
-  result.stacked = g.R > 1 && g.channels_per_group() <= kFewChannels;
+  if (result.taps > 1 && g.channels_per_group() <= kFewChannels) result.unfold();
   return result;
 }
 
@@ -89,14 +113,15 @@ Correlation backward_correlation(const Conv2dGeometry& g) {
                      g.W,
                      g.stride_h,
                      g.stride_w,
-                     true};
-  for (int64_t a = 0; a < std::min(g.stride_h, g.H); ++a) {
-    for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b) {
+                     /*from_outputs=*/true,
+                     g.S};
+  result.places.assign(static_cast<size_t>(g.R * g.S), -1);
+  for (int64_t a = 0; a < std::min(g.stride_h, g.H); ++a)
+    for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b)
       result.add(backward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h, a),
                  backward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w, b), a, b);
-    }
-  }
-  result.stacked = result.phases.size() == 1 && g.R > 1 && g.outputs_per_group() <= kFewChannels;
+  const bool few = g.outputs_per_group() <= kFewChannels;
+  if (result.phases.size() == 1 && result.taps > 1 && few) result.unfold();
   return result;
 }
 
@@ -107,7 +132,7 @@ template <class sum_t>
 class PackedWeights {
  public:
   PackedWeights(const Correlation& k, const at::Tensor& weight)
-      : k_(k), R_(weight.size(2)), S_(weight.size(3)), C_(weight.size(1)) {
+      : k_(k), C_(weight.size(1)), cells_(weight.size(2) * weight.size(3)) {
     at::Tensor dense = weight.to(c10::CppTypeToScalarType<sum_t>::value);
     if (!dense.is_contiguous() && !dense.is_contiguous(at::MemoryFormat::ChannelsLast))
       dense = dense.contiguous();
@@ -115,12 +140,6 @@ class PackedWeights {
     from_ = dense.const_data_ptr<sum_t>();
     tensor_ = at::empty({k.groups * k.blocks() * block_size()}, dense.options());
     to_ = tensor_.mutable_data_ptr<sum_t>();
-    places_.assign(static_cast<size_t>(cells()), -1);
-    for (const Phase& phase : k.phases)
-      for (int64_t i = 0; i < phase.rows.taps(); ++i)
-        for (int64_t j = 0; j < phase.cols.taps(); ++j)
-          places_[static_cast<size_t>(phase.rows.cell(i) * S_ + phase.cols.cell(j))] =
-              k.place(phase, i, j);
     pack();
   }
   const sum_t* block(int64_t group, int64_t block) const {
@@ -129,9 +148,9 @@ class PackedWeights {
 
  private:
   static constexpr int64_t kChunk = 16;  // input channels at a time
-  int64_t cells() const { return R_ * S_; }
+  int64_t cells() const { return cells_; }
   int64_t block_size() const { return k_.taps * k_.in_channels * k_.block(); }
-  int64_t place(int64_t cell) const { return places_[static_cast<size_t>(cell)]; }
+  int64_t place(int64_t cell) const { return k_.places[static_cast<size_t>(cell)]; }
   sum_t* destination(int64_t group, int64_t block, int64_t cell, int64_t in) const {
     return to_ + (group * k_.blocks() + block) * block_size() +
            (place(cell) * k_.in_channels + in) * k_.block();
@@ -194,12 +213,11 @@ class PackedWeights {
   }
 
   const Correlation& k_;
-  int64_t R_, S_, C_;
+  int64_t C_, cells_;
   bool last_;
   const sum_t* from_;
   at::Tensor tensor_;
   sum_t* to_;
-  std::vector<int64_t> places_;
 };
 
 // ------------------------------------------------------------------------------------ products
@@ -241,8 +259,7 @@ void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t
 struct Cut {
   int64_t images, rows, blocks;  // of a task
   Cut(const Correlation& k) {
-    const int64_t steps = k.stacked ? 1 : k.phases[0].rows.step;
-    const int64_t source_row = k.W_in * k.depth() * steps / k.row_step;
+    const int64_t source_row = k.W_in * k.depth() * k.phases[0].rows.step / k.row_step;
     const int64_t row = std::max<int64_t>({1, source_row, k.W_out * k.block()});
     const int64_t weights = k.taps * k.in_channels * k.block();
     const int64_t fitting = std::max(k.row_step, kStripElements / row);
@@ -252,7 +269,10 @@ struct Cut {
       // Several images share what a block of many weights costs to read.
       const int64_t least = weights > kStripElements / 2 ? 16 : 1;
       images = std::clamp(fitting / k.H_out, std::min(least, k.images), k.images);
-      images = std::min(images, std::max<int64_t>(1, k.images / 4));
+      // As many tasks as a multiple of kTasks, for an even load.
+      const int64_t rounds = ceil_div(ceil_div(k.images, images), kTasks);
+      images = std::max<int64_t>(1, ceil_div(k.images, rounds * kTasks));
+      if (least > 1) images = std::max(images, std::min<int64_t>(least, k.images / 2));
     }
     const int64_t parts = ceil_div(kTasks, k.groups * ceil_div(k.images, images));
     int64_t strips = ceil_div(k.H_out, fitting);
@@ -278,7 +298,10 @@ class Strips {
         weights_(k_, weight),
         bias_(bias),
         result_(result),
-        cut_(k_) {}
+        cut_(k_) {
+    if (!k_.unfolded.empty())
+      unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1]);
+  }
 
   void run() {
     const int64_t images = ceil_div(k_.images, cut_.images), strips = ceil_div(k_.H_out, cut_.rows);
@@ -286,10 +309,10 @@ class Strips {
     const int64_t work = cut_.images * cut_.rows * k_.W_out * k_.taps * k_.in_channels;
     at::parallel_for(
         0, k_.groups * images * strips * splits, grain(work), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<sum_t>(source_size()) + Scratch::size<sum_t>(line_size()) +
+          Scratch scratch(Scratch::size<sum_t>(source_size()) + Scratch::size<sum_t>(space_size()) +
                           Scratch::size<sum_t>(result_size()));
           sum_t* source = scratch.take<sum_t>(source_size());
-          sum_t* line = scratch.take<sum_t>(line_size());
+          sum_t* space = scratch.take<sum_t>(space_size());
           sum_t* result = scratch.take<sum_t>(result_size());
           for (int64_t task = begin; task < end; ++task) {
             const int64_t split = task % splits, strip = task / splits % strips;
@@ -298,7 +321,7 @@ class Strips {
             Task t{task / splits / strips / images,
                    {first, std::min(k_.images, first + cut_.images)},
                    {row, std::min(k_.H_out, row + cut_.rows)}};
-            load(t, source, line);
+            load(t, source, space);
             for (int64_t block = split * cut_.blocks;
                  block < std::min(k_.blocks(), (split + 1) * cut_.blocks); ++block)
               compute(t, block, result);
@@ -321,18 +344,19 @@ class Strips {
     return k;
   }
   static bool reads_in_place(const Correlation& k, const ImageView<scalar_t>& source) {
-    return kSameType && source.last && !k.stacked;
+    return kSameType && source.last && k.unfolded.empty();
   }
   bool reads_in_place() const { return reads_in_place(k_, source_); }
   bool writes_in_place() const { return kSameType && source_.last; }
   int64_t source_size() const {
     if (reads_in_place()) return 0;
+    if (unfolder_) return cut_.images * unfolder_->size(cut_.rows);
     int64_t rows = 0;
     for (int64_t row = 0; row < k_.H_out; row += cut_.rows)
       rows = std::max(rows, length(source_interval({row, std::min(k_.H_out, row + cut_.rows)})));
     return cut_.images * rows * k_.W_in * k_.depth();
   }
-  int64_t line_size() const { return k_.stacked ? k_.W_in * k_.depth() : 0; }
+  int64_t space_size() const { return unfolder_ ? unfolder_->space_size(cut_.rows) : 0; }
   int64_t result_size() const {
     return writes_in_place() ? 0 : cut_.images * cut_.rows * k_.W_out * k_.block();
   }
@@ -347,7 +371,6 @@ class Strips {
   }
   // The source rows that a strip needs.
   Interval source_interval(Interval rows) const {
-    if (k_.stacked) return rows;
     Interval result{k_.H_in, 0};
     for (const Phase& phase : k_.phases) {
       for (int64_t i = 0; i < phase.rows.taps(); ++i) {
@@ -362,7 +385,7 @@ class Strips {
   }
 
   // Reads the images where they are, or makes a channels_last copy of the strip.
-  void load(Task& task, sum_t* space, sum_t* line) const {
+  void load(Task& task, sum_t* to, sum_t* space) const {
     const Interval rows = source_interval(task.rows);
     const int64_t c0 = task.group * k_.in_channels;
     task.source_row = rows.begin;
@@ -375,14 +398,13 @@ class Strips {
       }
     }
     const int64_t row = k_.W_in * k_.depth();
-    task.source = space;
+    task.source = to;
     task.strides = {length(rows) * row, row, k_.depth()};
-    for (int64_t n = task.images.begin; n < task.images.end; ++n, space += task.strides.image) {
-      const Interval c{c0, c0 + k_.in_channels}, w{0, k_.W_in};
-      if (k_.stacked) {
-        fill_stacked(source_, n, c, k_.phases[0].rows, rows, w, line, space);
+    for (int64_t n = task.images.begin; n < task.images.end; ++n, to += task.strides.image) {
+      if (unfolder_) {
+        unfolder_->fill(n, c0, rows, space, to);
       } else {
-        fill_strip(source_, n, c, rows, w, space);
+        fill_strip(source_, n, {c0, c0 + k_.in_channels}, rows, {0, k_.W_in}, to);
       }
     }
   }
@@ -408,8 +430,7 @@ class Strips {
       sum_t* corner =
           to + (phase.row0 - task.rows.begin) * strides.row + phase.col0 * strides.pixel;
       const Strides steps{strides.image, strides.row * k_.row_step, strides.pixel * k_.col_step};
-      const int64_t row_taps = k_.stacked ? 1 : phase.rows.taps();
-      for (int64_t i = 0; i < row_taps; ++i)
+      for (int64_t i = 0; i < phase.rows.taps(); ++i)
         add_row_tap(task, phase, i, y, weights, width, corner, steps);
     }
     if (!writes_in_place()) store(task, o0, width, to);
@@ -418,9 +439,8 @@ class Strips {
   // Adds what the kernel row of a tap gives to a phase's outputs.
   void add_row_tap(const Task& task, const Phase& phase, int64_t i, Interval rows,
                    const sum_t* weights, int64_t width, sum_t* to, Strides strides) const {
-    const int64_t step = k_.stacked ? 1 : phase.rows.step;
-    const int64_t offset = k_.stacked ? 0 : phase.rows.offset(i);
-    const Interval y = k_.stacked ? rows : intersect(rows, phase.rows.inside(i));
+    const int64_t step = phase.rows.step, offset = phase.rows.offset(i);
+    const Interval y = intersect(rows, phase.rows.inside(i));
     if (length(y) == 0) return;
     const Strides& from = task.strides;
     for (const Segment& segment : phase.segments) {
@@ -431,8 +451,8 @@ class Strips {
           length(segment.taps) * k_.depth(), width,
           task.source + (y.begin * step + offset - task.source_row) * from.row + col * from.pixel,
           {from.image, from.row * step, from.pixel * phase.cols.step},
-          weights + k_.place(phase, i, j) * k_.in_channels * k_.block(), k_.block(),
-          to + y.begin * strides.row + x * strides.pixel, strides);
+          weights + (phase.first_tap + i * phase.cols.taps() + j) * k_.in_channels * k_.block(),
+          k_.block(), to + y.begin * strides.row + x * strides.pixel, strides);
     }
   }
 
@@ -474,6 +494,7 @@ class Strips {
   const sum_t* bias_;
   scalar_t* result_;
   const Cut cut_;
+  std::optional<Unfolder<scalar_t, sum_t>> unfolder_;
 };
 
 void correlate(Correlation k, const at::Tensor& source, const at::Tensor& weight,

@@ -40,15 +40,16 @@ class WeightGradient {
         cols_(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w)),
         grad_{grad_output.const_data_ptr<scalar_t>(), g.O, g.OH, g.OW, last},
         input_{input.const_data_ptr<scalar_t>(), g.C, g.H, g.W, last},
-        stacked_(g.R > 1 && g.channels_per_group() <= kFewChannels) {
+        unfolder_(input_, g.channels_per_group(), rows_, cols_),
+        unfolds_(g.R * g.S > 1 && g.channels_per_group() <= kFewChannels) {
     columns_ = {cols_.offset(0), (g.OW - 1) * g.stride_w + cols_.offset(g.S - 1) + 1};
-    in_place_ = kSameType && last && !stacked_;
+    in_place_ = kSameType && last && !unfolds_;
     // Rows of zeros beside the image make the pixels of a strip one run.
     whole_columns_ = columns_.begin >= 0 && columns_.end <= g.W && g.groups == 1;
-    flat_ = g.stride_h == 1 && g.stride_w == 1;
+    flat_ = unfolds_ || (g.stride_h == 1 && g.stride_w == 1);
     choose_images();
     segments_ = segments(cols_, !in_place_ || g.groups == 1);
-    const int64_t row = std::max(g.W * depth() * (stacked_ ? 1 : g.stride_h), pitch() * kBlock);
+    const int64_t row = std::max(pitch() * depth() * (unfolds_ ? 1 : g.stride_h), pitch() * kBlock);
     strip_rows_ = std::clamp<int64_t>(kStripElements / row, 1, g.OH);
     strip_rows_ = ceil_div(g.OH, ceil_div(g.OH, strip_rows_));
     strips_ = ceil_div(g.OH, strip_rows_);
@@ -69,10 +70,10 @@ class WeightGradient {
                          std::max<int64_t>(1, chunks_ * splits_);
     at::parallel_for(
         0, chunks_ * g_.groups * splits_, grain(work), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<sum_t>(input_size()) + Scratch::size<sum_t>(line_size()) +
+          Scratch scratch(Scratch::size<sum_t>(input_size()) + Scratch::size<sum_t>(space_size()) +
                           Scratch::size<sum_t>(grad_size()));
           sum_t* input = scratch.take<sum_t>(input_size());
-          sum_t* line = scratch.take<sum_t>(line_size());
+          sum_t* space = scratch.take<sum_t>(space_size());
           sum_t* grad = scratch.take<sum_t>(grad_size());
           for (int64_t task = begin; task < end; ++task) {
             const int64_t split = task % splits_, group = task / splits_ % g_.groups;
@@ -83,7 +84,7 @@ class WeightGradient {
               if (by_images()) {
                 add_images(chunk, group, unit, some, input, grad);
               } else {
-                add_strip(chunk, group, unit, some, input, line, grad);
+                add_strip(chunk, group, unit, some, input, space, grad);
               }
             }
           }
@@ -95,12 +96,13 @@ class WeightGradient {
   int64_t channels() const { return g_.channels_per_group(); }
   int64_t outputs() const { return g_.outputs_per_group(); }
   int64_t blocks() const { return ceil_div(outputs(), kBlock); }
-  int64_t depth() const { return stacked_ ? g_.R * channels() : channels(); }
-  int64_t row_taps() const { return stacked_ ? 1 : g_.R; }
+  int64_t depth() const { return unfolds_ ? g_.column_rows() : channels(); }
+  int64_t row_taps() const { return unfolds_ ? 1 : g_.R; }
+  int64_t col_taps() const { return unfolds_ ? 1 : g_.S; }
   bool by_images() const { return images_ > 0; }
   bool strip_in_place() const { return in_place_ && whole_columns_; }
   // Columns from one row of a strip to the next.
-  int64_t pitch() const { return strip_in_place() ? g_.W : length(columns_); }
+  int64_t pitch() const { return unfolds_ ? g_.OW : strip_in_place() ? g_.W : length(columns_); }
   int64_t grad_pitch() const { return flat_ ? pitch() : g_.OW; }
   Interval outputs_of(int64_t block) const {
     return {block * kBlock, std::min(outputs(), (block + 1) * kBlock)};
@@ -108,25 +110,28 @@ class WeightGradient {
   // A chunk's sums of an output: [row tap][column tap][depth].
   sum_t* sums(int64_t chunk, int64_t group, int64_t output, int64_t i, int64_t j) const {
     return sum_data_ + (chunk * g_.O + group * outputs() + output) * g_.column_rows() +
-           (i * g_.S + j) * depth();
+           (i * g_.S + j) * channels();
   }
 
   void choose_images() {
-    if (stacked_ || g_.output_pixels() > kFewPixels || g_.N < kManyImages) return;
+    if (unfolds_ || g_.output_pixels() > kFewPixels || g_.N < kManyImages) return;
     const int64_t grad = g_.output_pixels() * std::min(kBlock, outputs());
     const int64_t input = in_place_ ? 0 : g_.H * g_.W * channels();
-    const int64_t fitting = std::min(g_.N, kBatchElements / (grad + input));
+    // Enough units for all tasks, of as many images as a product needs to be deep.
+    const int64_t units = ceil_div(kTasks, g_.groups * blocks());
+    const int64_t fitting =
+        std::min(std::max(kManyImages, g_.N / units), kBatchElements / (grad + input));
     if (fitting >= kManyImages) images_ = ceil_div(g_.N, ceil_div(g_.N, fitting));
   }
 
   int64_t input_size() const {
     if (by_images()) return in_place_ ? 0 : images_ * g_.H * g_.W * channels();
     if (strip_in_place()) return 0;
-    if (stacked_) return strip_rows_ * pitch() * depth();
+    if (unfolds_) return unfolder_.size(strip_rows_);
     const int64_t rows = (strip_rows_ - 1) * g_.stride_h + (g_.R - 1) * g_.dilation_h + 1;
     return std::min(rows, g_.H) * pitch() * depth();
   }
-  int64_t line_size() const { return stacked_ ? pitch() * depth() : 0; }
+  int64_t space_size() const { return unfolds_ ? unfolder_.space_size(strip_rows_) : 0; }
   int64_t grad_size() const {
     const int64_t width = std::min(kBlock, outputs());
     return width * (by_images() ? images_ * g_.output_pixels() : strip_rows_ * grad_pitch());
@@ -135,24 +140,25 @@ class WeightGradient {
   // -------------------------------------------------------------------------- strips of an image
 
   void add_strip(int64_t chunk, int64_t group, int64_t unit, Interval some, sum_t* input_space,
-                 sum_t* line, sum_t* grad_space) const {
+                 sum_t* space, sum_t* grad_space) const {
     const int64_t n = unit / strips_, y0 = unit % strips_ * strip_rows_;
     const Interval y{y0, std::min(g_.OH, y0 + strip_rows_)};
     const Interval c{group * channels(), (group + 1) * channels()};
-    const Interval rows = stacked_ ? y : source_rows(y);
+    const Interval rows = unfolds_ ? y : source_rows(y);
     if (length(rows) == 0) return;
     const sum_t* input = input_space;
-    if (stacked_) {
-      fill_stacked(input_, n, c, rows_, y, columns_, line, input_space);
+    if (unfolds_) {
+      unfolder_.fill(n, c.begin, y, space, input_space);
     } else if (!strip_in_place()) {
       fill_strip(input_, n, c, rows, columns_, input_space);
     } else if constexpr (kSameType) {
       input = input_.at(n, 0, rows.begin, columns_.begin);
     }
     for (int64_t block = some.begin; block < some.end; ++block) {
-      fill_grad(n, group * outputs() + block * kBlock, length(outputs_of(block)), y, grad_space);
+      const Matrix grad =
+          gradient(n, group * outputs() + block * kBlock, length(outputs_of(block)), y, grad_space);
       for (int64_t i = 0; i < row_taps(); ++i)
-        add_row_tap(chunk, group, block, i, y, rows, input, grad_space);
+        add_row_tap(chunk, group, block, i, y, rows, input, grad);
     }
   }
 
@@ -167,8 +173,20 @@ class WeightGradient {
     return {std::min(result.begin, result.end), result.end};
   }
 
+  struct Matrix {
+    const sum_t* data;
+    int64_t ld;
+  };
+
   // The gradient as [output][row][column], rows grad_pitch() apart with zeros between them.
-  void fill_grad(int64_t n, int64_t o0, int64_t width, Interval y, sum_t* to) const {
+  Matrix gradient(int64_t n, int64_t o0, int64_t width, Interval y, sum_t* space) const {
+    if constexpr (kSameType) {
+      if (!grad_.last && grad_pitch() == g_.OW) return {grad_.at(n, o0, y.begin, 0), grad_.plane()};
+    }
+    fill_gradient(n, o0, width, y, space);
+    return {space, length(y) * grad_pitch()};
+  }
+  void fill_gradient(int64_t n, int64_t o0, int64_t width, Interval y, sum_t* to) const {
     const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
     const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
     const int64_t ld = length(y) * grad_pitch(), junk = grad_pitch() - g_.OW;
@@ -186,21 +204,22 @@ class WeightGradient {
   }
 
   void add_row_tap(int64_t chunk, int64_t group, int64_t block, int64_t i, Interval y,
-                   Interval rows, const sum_t* input, const sum_t* grad) const {
-    const Interval some = stacked_ ? y : intersect(y, rows_.inside(i));
+                   Interval rows, const sum_t* input, Matrix grad) const {
+    const Interval some = unfolds_ ? y : intersect(y, rows_.inside(i));
     if (length(some) == 0) return;
     const Interval out = outputs_of(block);
-    const int64_t step = stacked_ ? 1 : rows_.step;
-    const int64_t row = stacked_ ? 0 : some.begin * step + rows_.offset(i) - rows.begin;
-    const int64_t ld = length(y) * grad_pitch(), row_size = pitch() * depth();
-    const sum_t* a = grad + (some.begin - y.begin) * grad_pitch();
-    for (int64_t j0 = 0, j1; j0 < g_.S; j0 = j1) {
-      j1 = g_.dilation_w == 1 ? g_.S : j0 + 1;
-      const sum_t* b = input + row * row_size + (cols_.offset(j0) - columns_.begin) * depth();
+    const int64_t step = unfolds_ ? 1 : rows_.step;
+    const int64_t row = unfolds_ ? 0 : some.begin * step + rows_.offset(i) - rows.begin;
+    const int64_t row_size = pitch() * depth(), pixel = (unfolds_ ? 1 : g_.stride_w) * depth();
+    const sum_t* a = grad.data + (some.begin - y.begin) * grad_pitch();
+    for (int64_t j0 = 0, j1; j0 < col_taps(); j0 = j1) {
+      j1 = g_.dilation_w == 1 ? col_taps() : j0 + 1;
+      const int64_t column = unfolds_ ? 0 : cols_.offset(j0) - columns_.begin;
+      const sum_t* b = input + row * row_size + column * depth();
       const auto add = [&](int64_t first, int64_t pixels) {
-        matmul(length(out), (j1 - j0) * depth(), pixels, a + first * grad_pitch(), ld,
-               b + first * step * row_size, g_.stride_w * depth(),
-               sums(chunk, group, out.begin, i, j0), g_.column_rows(), true);
+        matmul(length(out), (j1 - j0) * depth(), pixels, a + first * grad_pitch(), grad.ld,
+               b + first * step * row_size, pixel, sums(chunk, group, out.begin, i, j0),
+               g_.column_rows(), true);
       };
       if (flat_) {
         add(0, (length(some) - 1) * pitch() + g_.OW);
@@ -269,17 +288,9 @@ class WeightGradient {
     const auto flip = DLOPS_SIMD(transpose, sum_t, scalar_t);
     const int64_t size = g_.column_rows(), cells = g_.R * g_.S;
     at::parallel_for(0, g_.O, grain(chunks_ * size), [&](int64_t begin, int64_t end) {
-      std::vector<sum_t> ordered(static_cast<size_t>(stacked_ ? size : 0));
       for (int64_t o = begin; o < end; ++o) {
         sum_t* sum = sum_data_ + o * size;
         for (int64_t chunk = 1; chunk < chunks_; ++chunk) add(sum + chunk * g_.O * size, sum, size);
-        if (stacked_) {
-          for (int64_t s = 0; s < g_.S; ++s)
-            for (int64_t r = 0; r < g_.R; ++r)
-              std::copy_n(sum + (s * g_.R + r) * channels(), channels(),
-                          ordered.data() + (r * g_.S + s) * channels());
-          sum = ordered.data();
-        }
         if (last) {
           convert(sum, result + o * size, size);
         } else {
@@ -292,8 +303,9 @@ class WeightGradient {
   const Conv2dGeometry& g_;
   const TapAxis rows_, cols_;
   const ImageView<scalar_t> grad_, input_;
-  const bool stacked_;
-  Interval columns_;  // of the input that a strip holds
+  const Unfolder<scalar_t, sum_t> unfolder_;
+  const bool unfolds_;  // few channels go through im2col
+  Interval columns_;    // of the input that a strip holds
   bool in_place_, whole_columns_, flat_;
   std::vector<Segment> segments_;
   int64_t images_ = 0;  // of a unit, where products run over images

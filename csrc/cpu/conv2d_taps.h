@@ -54,6 +54,18 @@ inline TapAxis backward_axis(int64_t outputs, int64_t inputs, int64_t kernel, in
   return axis;
 }
 
+// Without the taps that lie outside the image for every output.
+inline TapAxis live(const TapAxis& axis) {
+  TapAxis result{axis.outputs, axis.inputs, axis.step, {}, {}};
+  for (int64_t t = 0; t < axis.taps(); ++t) {
+    const Interval inside = axis.inside(t);
+    if (inside.begin >= inside.end) continue;
+    result.offsets.push_back(axis.offset(t));
+    result.cells.push_back(axis.cell(t));
+  }
+  return result;
+}
+
 // Outputs that meet the same taps, which stand side by side in the source.
 struct Segment {
   Interval outputs, taps;

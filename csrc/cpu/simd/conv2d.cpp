@@ -7,6 +7,7 @@
 #include <c10/util/complex.h>
 
 #include <algorithm>
+#include <cstring>
 #include <type_traits>
 
 namespace dlops::cpu {
@@ -203,6 +204,37 @@ void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, 
   }
 }
 
+namespace {
+
+// Copies runs as `vectors` whole vectors each; what is too much is written over by the next run.
+template <class T, int64_t lanes, int64_t vectors>
+T* copy_vectors(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
+                T* to) {
+  for (int64_t x = 0; x < times; ++x) {
+    for (int64_t i = 0; i < number; ++i, to += count) {
+      const T* from = runs[i] + x * step;
+      for (int64_t v = 0; v < vectors; ++v)
+        std::memcpy(to + v * lanes, from + v * lanes, lanes * sizeof(T));
+    }
+  }
+  return to;
+}
+
+}  // namespace
+
+template <int capability, class T>
+T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
+             T* to) {
+  constexpr int64_t lanes = 64 / sizeof(T), quarter = lanes / 4;
+  if (count <= quarter) return copy_vectors<T, quarter, 1>(runs, number, count, step, times, to);
+  if (count <= lanes) return copy_vectors<T, lanes, 1>(runs, number, count, step, times, to);
+  if (count <= 2 * lanes) return copy_vectors<T, lanes, 2>(runs, number, count, step, times, to);
+  if (count <= 3 * lanes) return copy_vectors<T, lanes, 3>(runs, number, count, step, times, to);
+  for (int64_t x = 0; x < times; ++x)
+    for (int64_t i = 0; i < number; ++i, to += count) std::copy_n(runs[i] + x * step, count, to);
+  return to;
+}
+
 template <int capability, class from_t, class sum_t>
 void add_row(const from_t* from, sum_t* sum, int64_t count) {
   add_strided(from, sum, 1, count);
@@ -259,6 +291,10 @@ sum_t sum_row(const from_t* from, int64_t count) {
   template void transpose<DLOPS_CAPABILITY, float, scalar_t>(const float*, int64_t, int64_t,      \
                                                              int64_t, scalar_t*, int64_t);
 
+template double* copy_runs<DLOPS_CAPABILITY, double>(const double* const*, int64_t, int64_t,
+                                                     int64_t, int64_t, double*);
+template float* copy_runs<DLOPS_CAPABILITY, float>(const float* const*, int64_t, int64_t, int64_t,
+                                                   int64_t, float*);
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
 DLOPS_INSTANTIATE(c10::complex<double>)

@@ -47,6 +47,13 @@ void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int6
 template <int capability, class from_t, class to_t>
 void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
                int64_t to_ld);
+// `count` elements of each run, one run after the other, for each of `times` pixels; then the runs
+// begin `step` further on. Returns where the next pixel goes. May read and write kRunSlack elements
+// more than these.
+constexpr int64_t kRunSlack = 64;
+template <int capability, class T>
+T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
+             T* to);
 // sum[i] += from[i].
 template <int capability, class from_t, class sum_t>
 void add_row(const from_t* from, sum_t* sum, int64_t count);
