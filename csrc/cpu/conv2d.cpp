@@ -92,6 +92,13 @@ std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Co
   return result;
 }
 
+// Few input channels: the columns of contiguous images are rows that are copied whole, and products
+// with them leave contiguous outputs as they are.
+bool few_channels(const Conv2dGeometry& g) {
+  constexpr int64_t kFewChannels = 8;
+  return g.channels_per_group() <= kFewChannels && g.R * g.S > 1;
+}
+
 // Groups with few channels make thin matrices in channels_last: those run contiguous.
 at::MemoryFormat compute_format(const Conv2dGeometry& g, at::MemoryFormat format) {
   const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
@@ -185,7 +192,8 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
-  if (takes_strips(g, input.scalar_type(), computed)) {
+  const bool by_rows = few_channels(g) && computed == at::MemoryFormat::Contiguous;
+  if (takes_strips(g, input.scalar_type(), computed) && !by_rows) {
     strips_forward(g, dense, weight, sum_bias, result, computed);
     return result.contiguous(format);
   }
@@ -307,11 +315,12 @@ int64_t pixel_chunks(const Conv2dGeometry& g, int64_t blocks, int64_t tasks_per_
   return std::max<int64_t>(1, std::min({wanted, blocks, kPartialElements / weight_elements}));
 }
 
-template <class scalar_t, bool last>
+template <class scalar_t, bool last, bool grad_last = last>
 void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                  const at::Tensor& result) {
   using sum_t = at::opmath_type<scalar_t>;
   const Panels<scalar_t, last> panels{g};
+  const Panels<scalar_t, grad_last> grad_panels{g};
   const int64_t Og = g.outputs_per_group(), Cg = g.channels_per_group(), cells = g.R * g.S;
   const PixelBlocks pixels(g, pixels_per_panel(g));
   const ChannelBlocks channels(Cg, cells, kPanelElements / kMinPixels);
@@ -342,7 +351,9 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
         const Interval q = pixels[b];
         const int64_t P = q.end - q.begin;
         const Matrix<sum_t> columns = panels.columns(input_data, group, c, q, column_space);
-        const Matrix<sum_t> grad = panels.outputs_transposed(grad_data, group, q, grad_space);
+        const Matrix<sum_t> grad =
+            last == grad_last ? grad_panels.outputs_transposed(grad_data, group, q, grad_space)
+                              : grad_panels.outputs(grad_data, group, q, grad_space);
         if constexpr (last) {
           matmul(Og, K, P, grad.data, grad.ld, columns.data, columns.ld, sum, K, true);
         } else {
@@ -395,14 +406,21 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     planes_grad_weight(g, dense_grad, dense_input, plain);
     return result.copy_(plain);
   }
-  if (computed == format && takes_strips(g, input.scalar_type(), format)) {
+  // Turning the gradient round may cost more than the columns do.
+  const bool by_rows = few_channels(g) && (format == at::MemoryFormat::ChannelsLast ||
+                                           g.column_rows() > 32 || g.outputs_per_group() < 64);
+  if (computed == format && takes_strips(g, input.scalar_type(), format) && !by_rows) {
     strips_grad_weight(g, dense_grad, dense_input, result, format);
     return result;
   }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
-          grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
+          if (by_rows) {
+            grad_weight<scalar_t, false, true>(g, dense_grad, input.contiguous(), result);
+          } else {
+            grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
+          }
         } else {
           grad_weight<scalar_t, false>(g, dense_grad, dense_input, result);
         }

@@ -8,7 +8,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cpu/simd/phased_rows.h"
 
 namespace dlops::cpu {
 namespace {
@@ -32,17 +37,43 @@ void for_each_run(const Conv2dGeometry& g, int64_t q0, int64_t q1, const F& f) {
   }
 }
 
-// Calls f(r, s, row number) for the rows of one channel of a contiguous block.
+// Calls f(r, s) for the rows of one channel of a contiguous block.
 template <class F>
 void for_each_cell(const Conv2dGeometry& g, const F& f) {
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t s = 0; s < g.S; ++s) f(r, s);
 }
 
+// As one copy of whole vectors and a last one that overlaps it: a call of memcpy would take longer
+// than most rows.
+template <class T>
+void copy_row(const T* from, T* to, int64_t count) {
+  constexpr int64_t lanes = 64 / sizeof(T), half = lanes / 2, quarter = lanes / 4;
+  const auto ends = [&](auto width) {
+    std::memcpy(to, from, width * sizeof(T));
+    std::memcpy(to + count - width, from + count - width, width * sizeof(T));
+  };
+  if (count >= lanes) {
+    for (int64_t i = 0; i + lanes <= count; i += lanes)
+      std::memcpy(to + i, from + i, lanes * sizeof(T));
+    std::memcpy(to + count - lanes, from + count - lanes, lanes * sizeof(T));
+  } else if (count >= half) {
+    ends(std::integral_constant<int64_t, half>{});
+  } else if (quarter > 0 && count >= quarter) {
+    ends(std::integral_constant<int64_t, std::max<int64_t>(1, quarter)>{});
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
 template <class input_t, class column_t>
 void copy_strided(const input_t* from, int64_t step, column_t* to, int64_t count) {
   if (step == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[i]);
+    if constexpr (std::is_same_v<input_t, column_t>) {
+      copy_row(from, to, count);
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[i]);
+    }
   } else if (step == 2) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[2 * i]);
   } else {
@@ -69,32 +100,104 @@ Interval inside_cells(const Conv2dGeometry& g, int64_t ow) {
 
 }  // namespace
 
+namespace {
+
+// to[s][i] = from[offsets[s] + i], rows of `to` being `ld` apart.
+template <class T, int64_t vectors>
+void copy_shifted_as(const T* from, const std::vector<int64_t>& offsets, int64_t count, T* to,
+                     int64_t ld) {
+  constexpr int64_t lanes = 64 / sizeof(T);
+  for (const int64_t offset : offsets) {
+    const T* row = from + offset;
+    for (int64_t v = 0; v + 1 < vectors; ++v)
+      std::memcpy(to + v * lanes, row + v * lanes, lanes * sizeof(T));
+    std::memcpy(to + count - lanes, row + count - lanes, lanes * sizeof(T));
+    to += ld;
+  }
+}
+
+template <class T>
+void copy_shifted(const T* from, const std::vector<int64_t>& offsets, int64_t count, T* to,
+                  int64_t ld) {
+  constexpr int64_t lanes = 64 / sizeof(T);
+  if (count >= lanes && count <= 4 * lanes) {
+    switch (ceil_div(count, lanes)) {
+      case 1:
+        return copy_shifted_as<T, 1>(from, offsets, count, to, ld);
+      case 2:
+        return copy_shifted_as<T, 2>(from, offsets, count, to, ld);
+      case 3:
+        return copy_shifted_as<T, 3>(from, offsets, count, to, ld);
+      default:
+        return copy_shifted_as<T, 4>(from, offsets, count, to, ld);
+    }
+  }
+  for (const int64_t offset : offsets) {
+    copy_row(from + offset, to, count);
+    to += ld;
+  }
+}
+
+}  // namespace
+
+namespace {
+
+// The rows of one kernel row, cell by cell.
+template <class input_t, class column_t>
+void fill_cells(const Conv2dGeometry& g, const input_t* row, const PixelRun& run, column_t* to,
+                int64_t ld) {
+  for (int64_t s = 0; s < g.S; ++s, to += ld) {
+    const Interval inside = inside_columns(g, s);
+    const int64_t begin = std::clamp(inside.begin, run.ow0, run.ow1);
+    const int64_t end = std::clamp(inside.end, begin, run.ow1);
+    std::fill_n(to, begin - run.ow0, column_t(0));
+    if (begin < end)
+      copy_strided(row + g.input_col(begin, s), g.stride_w, to + (begin - run.ow0), end - begin);
+    std::fill_n(to + (end - run.ow0), run.ow1 - end, column_t(0));
+  }
+}
+
+}  // namespace
+
 template <int capability, class input_t, class column_t>
 void fill_columns(const Conv2dGeometry& g, const ColumnBlock& block, const input_t* input,
                   column_t* columns, int64_t ld) {
-  for (int64_t c = block.c0; c < block.c1; ++c) {
-    for_each_cell(g, [&](int64_t r, int64_t s) {
-      const Interval inside = inside_columns(g, s);
-      for_each_run(g, block.q0, block.q1, [&](const PixelRun& run) {
-        column_t* to = columns + run.offset;
-        const int64_t count = run.ow1 - run.ow0;
+  // A kernel that reaches far beyond the image would make long rows of zeros.
+  const bool far = (g.S - 1) * g.dilation_w > 2 * g.W;
+  const PhasedRows rows({g.W, g.OW, g.S, g.stride_w, g.pad_left, g.dilation_w});
+  const auto phased = std::make_unique<column_t[]>(static_cast<size_t>(far ? 0 : rows.size()));
+  std::vector<int64_t> offsets, offsets_in_place;
+  for (int64_t s = 0; s < g.S; ++s) {
+    offsets.push_back(rows.offset(s));
+    offsets_in_place.push_back(s * g.dilation_w);
+  }
+  for_each_run(g, block.q0, block.q1, [&](const PixelRun& run) {
+    const int64_t count = run.ow1 - run.ow0, first = g.input_col(run.ow0, 0);
+    const bool inside = first >= 0 && g.input_col(run.ow1 - 1, g.S - 1) < g.W;
+    column_t* to = columns + run.offset;
+    for (int64_t c = block.c0; c < block.c1; ++c) {
+      for (int64_t r = 0; r < g.R; ++r, to += g.S * ld) {
         const int64_t ih = g.input_row(run.oh, r);
         if (!g.row_inside(ih)) {
-          std::fill_n(to, count, column_t(0));
-          return;
+          for (int64_t s = 0; s < g.S; ++s) std::fill_n(to + s * ld, count, column_t(0));
+          continue;
         }
-        const int64_t begin = std::clamp(inside.begin, run.ow0, run.ow1);
-        const int64_t end = std::clamp(inside.end, begin, run.ow1);
         const input_t* row = input + ((run.n * g.C + c) * g.H + ih) * g.W;
-        std::fill_n(to, begin - run.ow0, column_t(0));
-        if (begin < end)
-          copy_strided(row + g.input_col(begin, s), g.stride_w, to + (begin - run.ow0),
-                       end - begin);
-        std::fill_n(to + (end - run.ow0), run.ow1 - end, column_t(0));
-      });
-      columns += ld;
-    });
-  }
+        if constexpr (std::is_same_v<input_t, column_t>) {
+          if (inside && g.stride_w == 1) {
+            copy_shifted(row + first, offsets_in_place, count, to, ld);
+            continue;
+          }
+        }
+        if (far) {
+          fill_cells(g, row, run, to, ld);
+          continue;
+        }
+        rows.split(row, column_t(0), phased.get());
+        copy_shifted(phased.get() + run.ow0, offsets, count, to, ld);
+      }
+    }
+  });
 }
 
 template <int capability, class column_t, class input_t>

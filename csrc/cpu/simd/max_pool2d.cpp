@@ -14,6 +14,10 @@
 namespace dlops::cpu {
 namespace {
 
+RowGeometry horizontal(const Pool2dGeometry& g) {
+  return {g.W, g.OW, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w};
+}
+
 // The type that values are compared and summed in. Low precision is exact in float32; windows too
 // large for one-byte cells have 64-bit numbers, and values as wide, so that both share one mask.
 template <class scalar_t, class cell_t>
@@ -128,7 +132,7 @@ struct Workspace {
       first[ow] = static_cast<id_t>(columns_inside(g, ow).begin);
   }
   static int64_t bytes(const Pool2dGeometry& g) {
-    const Workspace none(g, PhasedRows(g), nullptr);
+    const Workspace none(g, PhasedRows(horizontal(g)), nullptr);
     return reinterpret_cast<intptr_t>(none.first + aligned(g.OW + kRowSlack));
   }
   static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
@@ -181,7 +185,7 @@ struct ScatterWorkspace {
       cells[at + ow] = static_cast<id_t>(chosen[oh * g.OW + ow]);
   }
   static int64_t bytes(const Pool2dGeometry& g) {
-    const ScatterWorkspace none(g, PhasedRows(g), nullptr);
+    const ScatterWorkspace none(g, PhasedRows(horizontal(g)), nullptr);
     return reinterpret_cast<intptr_t>(none.shift + aligned(g.kernel_w));
   }
   static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
@@ -201,7 +205,7 @@ void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const sc
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  const PhasedRows phased(g);
+  const PhasedRows phased(horizontal(g));
   const Workspace<scalar_t, cell_t> work(g, phased, scratch);
   work.prepare(g, phased);
   for (int64_t oh = oh0; oh < oh1; ++oh) {
@@ -236,7 +240,7 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  const PhasedRows phased(g);
+  const PhasedRows phased(horizontal(g));
   const ScatterWorkspace<scalar_t, cell_t> work(g, phased, scratch);
   work.prepare(g);
   for (int64_t ih = ih0; ih < ih1; ++ih) {

@@ -1,6 +1,6 @@
-// Rows of a pooled plane, padded and split by the horizontal stride, so that the inputs that
-// neighbouring windows see at the same kernel column stand next to each other, and every loop over
-// output columns is a plain vector loop whatever the stride, padding and dilation.
+// Rows of an image, padded and split by the horizontal stride, so that the inputs that neighbouring
+// windows see at the same kernel column stand next to each other, and every loop over output
+// columns is a plain vector loop whatever the stride, padding and dilation.
 //
 // Padded column x = input column + pad_w is element x / stride of phase x % stride. Output column
 // ow meets kernel column s at padded column ow * stride + s * dilation, hence at element ow +
@@ -12,7 +12,6 @@
 #include <limits>
 
 #include "cpu/simd/rounded.h"
-#include "max_pool2d_math.h"
 
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
@@ -20,9 +19,14 @@ namespace {  // compiled once per instruction set, so nothing here may be shared
 // Elements that a vector loop may touch past the last output column.
 constexpr int64_t kRowSlack = 64;
 
+// The horizontal part of a window's geometry.
+struct RowGeometry {
+  int64_t W, OW, kernel_w, stride_w, pad_w, dilation_w;
+};
+
 class PhasedRows {
  public:
-  explicit PhasedRows(const Pool2dGeometry& g)
+  explicit PhasedRows(const RowGeometry& g)
       : g_(g),
         width_(g.OW + (g.kernel_w - 1) * g.dilation_w / g.stride_w + 1 + kRowSlack),
         phases_(std::min(g.stride_w, (g.kernel_w - 1) * g.dilation_w + 1)) {}
@@ -88,7 +92,7 @@ class PhasedRows {
     }
   }
 
-  const Pool2dGeometry& g_;
+  const RowGeometry g_;
   int64_t width_;
   int64_t phases_;  // those that a window meets: a long stride skips the rest
 };
