@@ -42,14 +42,16 @@ constexpr int64_t kMaxByteCells = 256;
 
 // The smallest kernel offset k >= 0 for which start + k * dilation is not negative.
 DLOPS_HOST_DEVICE int64_t first_offset_inside(int64_t start, int64_t dilation) {
-  return start >= 0 ? 0 : (-start + dilation - 1) / dilation;
+  return start >= 0 ? 0 : dilation == 1 ? -start : (-start + dilation - 1) / dilation;
 }
 
 // The number of kernel offsets k < kernel for which start + k * dilation < size.
 DLOPS_HOST_DEVICE int64_t offsets_before(int64_t start, int64_t dilation, int64_t kernel,
                                          int64_t size) {
   if (start >= size) return 0;
-  const int64_t count = (size - start + dilation - 1) / dilation;
+  // A division takes longer than the window of one output.
+  const int64_t left = size - start;
+  const int64_t count = dilation == 1 ? left : (left + dilation - 1) / dilation;
   return count < kernel ? count : kernel;
 }
 

@@ -73,16 +73,10 @@ class Unfolder {
       : from_(from), channels_(channels), rows_(rows), cols_(cols) {
     if (rows.taps() == 0 || cols.taps() == 0) return;
     columns_ = {cols.offset(0), (cols.outputs - 1) * cols.step + cols.offset(cols.taps() - 1) + 1};
-    // Taps that stand side by side are copied as one.
-    for (int64_t j = 0; j < cols.taps(); ++j) {
-      if (j > 0 && cols.offset(j) == cols.offset(j - 1) + 1) continue;
-      runs_.push_back(j);
-    }
-    run_ = (runs_.size() == 1 ? cols.taps() : 1) * channels;
-    if (runs_.size() > 1 && static_cast<int64_t>(runs_.size()) < cols.taps()) {
-      runs_.clear();
-      for (int64_t j = 0; j < cols.taps(); ++j) runs_.push_back(j);
-    }
+    // Taps that stand side by side are copied as one run.
+    const bool adjacent = cols.offset(cols.taps() - 1) - cols.offset(0) == cols.taps() - 1;
+    for (int64_t j = 0; j < (adjacent ? 1 : cols.taps()); ++j) runs_.push_back(j);
+    run_ = (adjacent ? cols.taps() : 1) * channels;
   }
   // What fill() needs for `rows` output rows, in elements; both end in room for whole vectors.
   int64_t space_size(int64_t rows) const {

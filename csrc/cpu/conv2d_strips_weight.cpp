@@ -36,13 +36,15 @@ class WeightGradient {
   WeightGradient(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                  bool last)
       : g_(g),
-        rows_(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h)),
-        cols_(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w)),
+        rows_(live(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h))),
+        cols_(live(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w))),
         grad_{grad_output.const_data_ptr<scalar_t>(), g.O, g.OH, g.OW, last},
         input_{input.const_data_ptr<scalar_t>(), g.C, g.H, g.W, last},
         unfolder_(input_, g.channels_per_group(), rows_, cols_),
-        unfolds_(g.R * g.S > 1 && g.channels_per_group() <= kFewChannels) {
-    columns_ = {cols_.offset(0), (g.OW - 1) * g.stride_w + cols_.offset(g.S - 1) + 1};
+        unfolds_(g.R * g.S > 1 && rows_.taps() == g.R && cols_.taps() == g.S &&
+                 g.channels_per_group() <= kFewChannels) {
+    if (any_taps())
+      columns_ = {cols_.offset(0), (g.OW - 1) * g.stride_w + cols_.offset(cols_.taps() - 1) + 1};
     in_place_ = kSameType && last && !unfolds_;
     // Rows of zeros beside the image make the pixels of a strip one run.
     whole_columns_ = columns_.begin >= 0 && columns_.end <= g.W && g.groups == 1;
@@ -79,8 +81,8 @@ class WeightGradient {
             const int64_t split = task % splits_, group = task / splits_ % g_.groups;
             const int64_t chunk = task / splits_ / g_.groups;
             const Interval some{split * blocks() / splits_, (split + 1) * blocks() / splits_};
-            for (int64_t unit = chunk * units_ / chunks_; unit < (chunk + 1) * units_ / chunks_;
-                 ++unit) {
+            for (int64_t unit = chunk * units_ / chunks_;
+                 any_taps() && unit < (chunk + 1) * units_ / chunks_; ++unit) {
               if (by_images()) {
                 add_images(chunk, group, unit, some, input, grad);
               } else {
@@ -97,8 +99,9 @@ class WeightGradient {
   int64_t outputs() const { return g_.outputs_per_group(); }
   int64_t blocks() const { return ceil_div(outputs(), kBlock); }
   int64_t depth() const { return unfolds_ ? g_.column_rows() : channels(); }
-  int64_t row_taps() const { return unfolds_ ? 1 : g_.R; }
-  int64_t col_taps() const { return unfolds_ ? 1 : g_.S; }
+  bool any_taps() const { return rows_.taps() > 0 && cols_.taps() > 0; }
+  int64_t row_taps() const { return unfolds_ ? 1 : rows_.taps(); }
+  int64_t col_taps() const { return unfolds_ ? 1 : cols_.taps(); }
   bool by_images() const { return images_ > 0; }
   bool strip_in_place() const { return in_place_ && whole_columns_; }
   // Columns from one row of a strip to the next.
@@ -110,7 +113,7 @@ class WeightGradient {
   // A chunk's sums of an output: [row tap][column tap][depth].
   sum_t* sums(int64_t chunk, int64_t group, int64_t output, int64_t i, int64_t j) const {
     return sum_data_ + (chunk * g_.O + group * outputs() + output) * g_.column_rows() +
-           (i * g_.S + j) * channels();
+           (rows_.cell(i) * g_.S + cols_.cell(j)) * channels();
   }
 
   void choose_images() {
@@ -128,8 +131,10 @@ class WeightGradient {
     if (by_images()) return in_place_ ? 0 : images_ * g_.H * g_.W * channels();
     if (strip_in_place()) return 0;
     if (unfolds_) return unfolder_.size(strip_rows_);
-    const int64_t rows = (strip_rows_ - 1) * g_.stride_h + (g_.R - 1) * g_.dilation_h + 1;
-    return std::min(rows, g_.H) * pitch() * depth();
+    int64_t rows = 0;
+    for (int64_t y = 0; y < g_.OH; y += strip_rows_)
+      rows = std::max(rows, length(source_rows({y, std::min(g_.OH, y + strip_rows_)})));
+    return rows * pitch() * depth();
   }
   int64_t space_size() const { return unfolds_ ? unfolder_.space_size(strip_rows_) : 0; }
   int64_t grad_size() const {
@@ -164,7 +169,7 @@ class WeightGradient {
 
   Interval source_rows(Interval y) const {
     Interval result{g_.H, 0};
-    for (int64_t i = 0; i < g_.R; ++i) {
+    for (int64_t i = 0; i < rows_.taps(); ++i) {
       const Interval some = intersect(y, rows_.inside(i));
       if (length(some) == 0) continue;
       result.begin = std::min(result.begin, some.begin * rows_.step + rows_.offset(i));
@@ -213,7 +218,7 @@ class WeightGradient {
     const int64_t row_size = pitch() * depth(), pixel = (unfolds_ ? 1 : g_.stride_w) * depth();
     const sum_t* a = grad.data + (some.begin - y.begin) * grad_pitch();
     for (int64_t j0 = 0, j1; j0 < col_taps(); j0 = j1) {
-      j1 = g_.dilation_w == 1 ? col_taps() : j0 + 1;
+      for (j1 = j0 + 1; j1 < col_taps() && cols_.offset(j1) == cols_.offset(j1 - 1) + 1;) ++j1;
       const int64_t column = unfolds_ ? 0 : cols_.offset(j0) - columns_.begin;
       const sum_t* b = input + row * row_size + column * depth();
       const auto add = [&](int64_t first, int64_t pixels) {
@@ -249,7 +254,7 @@ class WeightGradient {
       const Interval out = outputs_of(block);
       flip_images(n0, count, group * outputs() + out.begin, length(out), grad_space);
       for (const Segment& segment : segments_)
-        for (int64_t i = 0; i < g_.R; ++i)
+        for (int64_t i = 0; i < rows_.taps(); ++i)
           for (int64_t y = rows_.inside(i).begin; y < rows_.inside(i).end; ++y)
             for (int64_t x = segment.outputs.begin; x < segment.outputs.end; ++x) {
               const int64_t row = y * rows_.step + rows_.offset(i), j = segment.taps.begin;

@@ -180,8 +180,9 @@ void scatter(const Pool2dGeometry& g, const at::Tensor& grad_output, const at::T
   scalar_t* to = grad_input.mutable_data_ptr<scalar_t>();
   if (channels_last(cells.suggest_memory_format())) {
     const auto rows = DLOPS_SIMD(max_pool2d_scatter_rows_last, scalar_t, cell_t);
-    // At most every cell of a window, and no more windows than there are outputs.
-    const int64_t bytes = Scratch::size<int64_t>(2 * std::min(g.cells(), g.OH * g.OW));
+    // The windows of a row and of a pixel: at most one for each cell, and for each output.
+    const int64_t bytes = Scratch::size<int64_t>(2 * std::min(g.kernel_h, g.OH) +
+                                                 2 * std::min(g.cells(), g.OH * g.OW));
     parallel_rows(g.N, g.H, g.W * g.C, [&](int64_t n, int64_t begin, int64_t end) {
       Scratch scratch(bytes);
       const int64_t image = n * g.C * g.OH * g.OW;

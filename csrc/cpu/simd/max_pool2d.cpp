@@ -99,6 +99,14 @@ Range columns_inside(const Pool2dGeometry& g, int64_t ow) {
 template <class F>
 void for_each_window(int64_t i, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
                      int64_t outputs, const F& f) {
+  if (dilation == 1) {  // one division for all of them
+    const int64_t last = (i + padding) / stride, first = i + padding - last * stride;
+    const int64_t beyond = std::max<int64_t>(0, last - outputs + 1);
+    for (int64_t k = first + beyond * stride, o = last - beyond; k < kernel && o >= 0;
+         k += stride, --o)
+      f(o, k);
+    return;
+  }
   for (int64_t k = 0; k < kernel; ++k) {
     const int64_t start = i + padding - k * dilation;
     if (start < 0) return;
@@ -304,19 +312,35 @@ void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t 
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  // The windows that hold one input pixel: where they begin in the output, and which cell it is.
-  auto* windows = static_cast<int64_t*>(scratch);
-  for (int64_t p = ih0 * g.W; p < ih1 * g.W; ++p) {
-    int64_t count = 0;
-    for_each_window(p / g.W, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH,
-                    [&](int64_t oh, int64_t r) {
-                      for_each_window(p % g.W, g.stride_w, g.pad_w, g.dilation_w, g.kernel_w, g.OW,
-                                      [&](int64_t ow, int64_t s) {
-                                        windows[2 * count] = (oh * g.OW + ow) * g.C;
-                                        windows[2 * count + 1] = g.cell_number(r, s);
-                                        ++count;
-                                      });
-                    });
+  // The windows that hold one input row, and those that hold one pixel of it: where they begin in
+  // the output, and which cell it is.
+  auto* rows = static_cast<int64_t*>(scratch);
+  int64_t* windows = rows + 2 * std::min(g.kernel_h, g.OH);
+  int64_t row_count = 0;
+  for (int64_t p = ih0 * g.W, iw = 0; p < ih1 * g.W; ++p, iw = iw + 1 == g.W ? 0 : iw + 1) {
+    if (iw == 0) {
+      row_count = 0;
+      for_each_window(p / g.W, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH,
+                      [&](int64_t oh, int64_t r) {
+                        rows[2 * row_count] = oh * g.OW * g.C;
+                        rows[2 * row_count + 1] = g.cell_number(r, 0);
+                        ++row_count;
+                      });
+    }
+    int64_t cols = 0;
+    if (row_count > 0) {
+      for_each_window(iw, g.stride_w, g.pad_w, g.dilation_w, g.kernel_w, g.OW,
+                      [&](int64_t ow, int64_t s) {
+                        windows[2 * cols] = rows[0] + ow * g.C;
+                        windows[2 * cols + 1] = rows[1] + s;
+                        ++cols;
+                      });
+    }
+    const int64_t count = row_count * cols;
+    for (int64_t i = 1; i < row_count; ++i) {
+      for (int64_t j = 0; j < 2 * cols; ++j)
+        windows[2 * i * cols + j] = windows[j] - rows[j % 2] + rows[2 * i + j % 2];
+    }
     for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
       Vector<value_t, lanes> sum[blocks] = {};
       for (int64_t i = 0; i < count; ++i) {
