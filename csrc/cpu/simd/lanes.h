@@ -55,7 +55,14 @@ Vector<T, lanes> load(const from_t* from) {
   } else {
     Vector<from_t, lanes> values;
     std::memcpy(&values, from, sizeof(values));
-    return __builtin_convertvector(values, Vector<T, lanes>);
+    if constexpr (std::is_same_v<from_t, uint8_t> && sizeof(T) > 2) {
+      // GCC widens bytes by doubling them in registers, and any further one by one.
+      const auto twice = __builtin_convertvector(values, Vector<uint16_t, lanes>);
+      const auto four_times = __builtin_convertvector(twice, Vector<uint32_t, lanes>);
+      return __builtin_convertvector(four_times, Vector<T, lanes>);
+    } else {
+      return __builtin_convertvector(values, Vector<T, lanes>);
+    }
   }
 }
 
