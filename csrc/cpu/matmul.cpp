@@ -9,6 +9,7 @@
 #include <ATen/ops/mm.h>
 #include <c10/util/complex.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "cpu/capability.h"
@@ -34,6 +35,9 @@ bool brgemm_works() {
 }
 #endif
 
+// The most terms that are added up one after the other.
+constexpr int64_t kPart = 256;
+
 // A view of memory that the caller owns.
 template <class scalar_t>
 at::Tensor matrix(const scalar_t* data, int64_t rows, int64_t cols, int64_t ld) {
@@ -49,7 +53,10 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
   if constexpr (std::is_same_v<scalar_t, float>) {
     if (brgemm_works()) {
-      at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
+      // A part's sum is formed by itself and then added: long chains of roundings cost accuracy.
+      for (int64_t k0 = 0; k0 < k; k0 += kPart)
+        at::native::cpublas::brgemm(m, n, std::min(kPart, k - k0), lda, ldb, ldc,
+                                    accumulate || k0 > 0, a + k0, b + k0 * ldb, c, false);
       return;
     }
   }

@@ -8,8 +8,10 @@ namespace dlops::cpu {
 // C = A B, or C += A B. Row-major: A is m x k with rows `lda` apart, and so on. Runs on the calling
 // thread alone. For float32 this is oneDNN's BRGEMM micro-kernel where the machine has it, which
 // takes panels as they are; else, and for float64, simd/matmul.h; for complex numbers and integers
-// at::mm. The first two sum an element alike wherever it stands in a matrix of any size, which BLAS
-// does not: an image's result must not depend on its neighbours in a panel.
+// at::mm. Rows of A may overlap (lda < k), and so may those of B (ldb < n). BRGEMM sums 256 terms
+// at a time and then adds what was there, which keeps rounding errors near those of native. The
+// first two sum an element alike wherever it stands in a matrix of any size, which BLAS does not:
+// an image's result must not depend on its neighbours in a panel.
 template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
             int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate);
