@@ -34,6 +34,9 @@ def focal_loss(
     """
     dim = 0 if input.dim() == 1 else 1
     classes = input.shape[dim]
+    dtype = input.dtype
+    if target.is_floating_point():  # as a product of the two has
+        dtype = torch.promote_types(dtype, target.dtype)
     if target.is_floating_point():
         probability = target
         normalizer = torch.tensor(input.numel() // classes)
@@ -42,12 +45,12 @@ def focal_loss(
         labels = target.where(kept, 0)
         probability = F.one_hot(labels, classes).movedim(-1, dim) * kept.unsqueeze(dim)
         normalizer = kept.sum() if weight is None else (weight[labels] * kept).sum()
-    smooth = (1 - label_smoothing) * probability.to(input) + label_smoothing / classes
+    smooth = (1 - label_smoothing) * probability.to(dtype) + label_smoothing / classes
     if not target.is_floating_point():
         smooth = smooth * kept.unsqueeze(dim)
     if weight is not None:
         smooth = smooth * weight.reshape(-1, *[1] * (input.dim() - dim - 1))
     log_p = input.log_softmax(dim)
     loss = -(smooth * (-log_p.expm1()) ** gamma * log_p).sum(dim)
-    loss = loss.to(input.dtype)
+    loss = loss.to(dtype)
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / normalizer}[reduction]

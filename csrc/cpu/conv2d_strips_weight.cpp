@@ -51,7 +51,8 @@ class WeightGradient {
     flat_ = unfolds_ || (g.stride_h == 1 && g.stride_w == 1);
     choose_images();
     segments_ = segments(cols_, !in_place_ || g.groups == 1);
-    const int64_t row = std::max(pitch() * depth() * (unfolds_ ? 1 : g.stride_h), pitch() * kBlock);
+    const int64_t row =
+        std::max<int64_t>({1, pitch() * depth() * (unfolds_ ? 1 : g.stride_h), pitch() * kBlock});
     strip_rows_ = std::clamp<int64_t>(kStripElements / row, 1, g.OH);
     strip_rows_ = ceil_div(g.OH, ceil_div(g.OH, strip_rows_));
     strips_ = ceil_div(g.OH, strip_rows_);

@@ -147,18 +147,6 @@ NATIVE_FAULTS = [
 ]
 
 
-def complex_half(op: str, call: Call) -> bool:
-    dtypes = {spec.dtype for spec in call.specs.values() if spec is not None}
-    return op == "conv2d" and torch.complex32 in dtypes
-
-
-def mixed_probabilities(op: str, call: Call) -> bool:
-    logits, target = call.specs.get("input"), call.specs.get("target")
-    if op != "focal_loss" or logits is None or target is None:
-        return False
-    return target.dtype.is_floating_point and target.dtype != logits.dtype
-
-
 def weight_of_other_dtype(op: str, call: Call) -> bool:
     logits, weight = call.specs.get("input"), call.specs.get("weight")
     if op != "focal_loss" or logits is None or weight is None:
@@ -202,8 +190,6 @@ def no_kernel_without_data(op: str, call: Call) -> bool:
 # Native answers, and dlops refuses with a message that says so.
 REFUSALS = [
     Known("a dtype without a kernel is refused on the meta device as well", no_kernel_without_data),
-    Known("complex32 convolution is an error", complex_half),
-    Known("class probabilities must have the dtype of the logits", mixed_probabilities),
     Known("the weight must have the dtype of the logits", weight_of_other_dtype),
     Known("a label_smoothing that is NaN is outside of [0, 1]", smoothing_is_nan),
     Known("the bias must have the dtype of the input", bias_of_other_dtype),
