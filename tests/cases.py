@@ -116,6 +116,21 @@ SMALL_CONV2D = [
     Conv2dCase("batch_1", (1, 2, 5, 5), (3, 2, 3, 3)),
     Conv2dCase("batch_33", (33, 2, 3, 3), (2, 2, 2, 2)),
     Conv2dCase("unbatched", (3, 6, 5), (4, 3, 3, 3), stride=(1, 2), padding=1),
+    # More than a few channels, which are not unfolded.
+    Conv2dCase("thick", (2, 9, 7, 6), (10, 9, 3, 3), padding=1),
+    Conv2dCase("thick_strided", (2, 10, 9, 8), (9, 10, 3, 3), stride=2, padding=1),
+    Conv2dCase("thick_dilated", (2, 9, 9, 7), (9, 9, 3, 2), padding=2, dilation=2),
+    Conv2dCase("thick_grouped", (2, 18, 6, 5), (20, 9, 3, 2), groups=2, padding=1),
+    Conv2dCase(
+        "thick_asymmetric",
+        (2, 9, 9, 8),
+        (9, 9, 2, 4),
+        stride=(2, 3),
+        padding=(1, 2),
+        dilation=(3, 1),
+    ),
+    Conv2dCase("many_small_images", (18, 9, 4, 3), (9, 9, 3, 3), padding=1),
+    Conv2dCase("meets_only_padding", (1, 9, 3, 3), (2, 9, 1, 1), stride=(20, 30), padding=(1, 2)),
 ]
 
 # Larger than a block of any dimension: C R S > 1024, many output channels, many pixels.
@@ -124,6 +139,9 @@ LARGE_CONV2D = [
     Conv2dCase("deep_1x1", (1, 1030, 3, 3), (3, 1030, 1, 1)),
     Conv2dCase("deep_2x2_image", (5, 256, 2, 2), (64, 256, 3, 3), padding=1),
     Conv2dCase("many_outputs", (1, 16, 9, 9), (130, 16, 3, 3)),
+    Conv2dCase("strips", (2, 64, 40, 24), (40, 64, 3, 3), padding=1),
+    Conv2dCase("many_images", (33, 32, 6, 6), (70, 32, 3, 3), padding=1),
+    Conv2dCase("heavy_strided", (20, 128, 4, 5), (130, 128, 3, 3), stride=2, padding=1),
     Conv2dCase("first_layer", (2, 3, 32, 31), (64, 3, 3, 3), padding=1),
     Conv2dCase("7x7_stride", (1, 3, 40, 43), (40, 3, 7, 7), stride=2, padding=3),
     Conv2dCase("grouped_deep", (3, 64, 7, 7), (96, 16, 3, 3), padding=1, groups=4),
