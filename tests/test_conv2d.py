@@ -164,17 +164,30 @@ def test_special_values_spread_as_in_native(value: float, dtype: torch.dtype) ->
 @parametrize("stride", [1, 2])
 @parametrize("where", [0, 1, 2], ids=["input", "weight", "grad_output"])
 @parametrize("value", [float("nan"), float("inf")])
-def test_special_values_in_depthwise_gradients(
-    value: float, where: int, stride: int, layout: torch.memory_format
+@parametrize(
+    ("channels", "outputs", "groups"),
+    [(5, 5, 5), (3, 2, 1), (9, 4, 1), (4, 9, 1), (9, 10, 1)],
+    ids=["depthwise", "few", "few outputs", "few inputs", "thick"],
+)
+def test_special_values_in_gradients(
+    channels: int,
+    outputs: int,
+    groups: int,
+    value: float,
+    where: int,
+    stride: int,
+    layout: torch.memory_format,
 ) -> None:
     """They stay where native's stay: not even their product with a zero reaches a neighbour."""
-    tensors = normal((2, 5, 9, 8), 1), normal((5, 1, 3, 3), 2)
-    covector = normal(native.conv2d(*tensors, None, stride, 0, 1, 5).shape, 3)
-    (*tensors, covector)[where][0, 0, 0, 2] = value
+    tensors = normal((2, channels, 9, 8), 1), normal((outputs, channels // groups, 3, 3), 2)
+    covector = normal(native.conv2d(*tensors, None, stride, 0, 1, groups).shape, 3)
+    for column in (0, 2):
+        (*tensors, covector)[where][0, 0, 1, column] = value
 
     def gradients(op: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
         leaves = [x.to(dtype, memory_format=layout).requires_grad_() for x in tensors]
-        return torch.autograd.grad(op(*leaves, None, stride, 0, 1, 5), leaves, covector.to(dtype))
+        result = op(*leaves, None, stride, 0, 1, groups)
+        return torch.autograd.grad(result, leaves, covector.to(dtype))
 
     for ours, theirs in zip(
         gradients(F.conv2d, torch.float32), gradients(native.conv2d, torch.float64), strict=True

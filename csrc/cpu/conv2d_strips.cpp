@@ -102,6 +102,8 @@ Correlation forward_correlation(const Conv2dGeometry& g) {
   return result;
 }
 
+// Never through im2col: its zeros beside the gradient, times a weight that is not finite, would
+// give NaN where there is no product.
 Correlation backward_correlation(const Conv2dGeometry& g) {
   Correlation result{g.N,
                      g.groups,
@@ -120,8 +122,6 @@ Correlation backward_correlation(const Conv2dGeometry& g) {
     for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b)
       result.add(backward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h, a),
                  backward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w, b), a, b);
-  const bool few = g.outputs_per_group() <= kFewChannels;
-  if (result.phases.size() == 1 && result.taps > 1 && few) result.unfold();
   return result;
 }
 

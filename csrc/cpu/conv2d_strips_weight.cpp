@@ -160,11 +160,16 @@ class WeightGradient {
     } else if constexpr (kSameType) {
       input = input_.at(n, 0, rows.begin, columns_.begin);
     }
+    // The zeros between the gradient's rows meet pixels, too: a product that is NaN if one is not
+    // finite.
+    const bool joined =
+        flat_ && (grad_pitch() == g_.OW ||
+                  DLOPS_SIMD(all_finite, sum_t)(input, length(rows) * pitch() * depth()));
     for (int64_t block = some.begin; block < some.end; ++block) {
       const Matrix grad =
           gradient(n, group * outputs() + block * kBlock, length(outputs_of(block)), y, grad_space);
       for (int64_t i = 0; i < row_taps(); ++i)
-        add_row_tap(chunk, group, block, i, y, rows, input, grad);
+        add_row_tap(chunk, group, block, i, y, rows, input, grad, joined);
     }
   }
 
@@ -210,7 +215,7 @@ class WeightGradient {
   }
 
   void add_row_tap(int64_t chunk, int64_t group, int64_t block, int64_t i, Interval y,
-                   Interval rows, const sum_t* input, Matrix grad) const {
+                   Interval rows, const sum_t* input, Matrix grad, bool joined) const {
     const Interval some = unfolds_ ? y : intersect(y, rows_.inside(i));
     if (length(some) == 0) return;
     const Interval out = outputs_of(block);
@@ -227,7 +232,7 @@ class WeightGradient {
                b + first * step * row_size, pixel, sums(chunk, group, out.begin, i, j0),
                g_.column_rows(), true);
       };
-      if (flat_) {
+      if (joined) {
         add(0, (length(some) - 1) * pitch() + g_.OW);
       } else {
         for (int64_t k = 0; k < length(some); ++k) add(k, g_.OW);

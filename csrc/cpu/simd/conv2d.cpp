@@ -338,6 +338,20 @@ T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, 
   return to;
 }
 
+template <int capability, class T>
+bool all_finite(const T* values, int64_t count) {
+  // On the bits, which the compiler may take in any order.
+  using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr bits_t exponent = sizeof(T) == 4 ? bits_t(0x7f800000) : bits_t(0x7ff0000000000000);
+  bits_t found = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    bits_t bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    found |= static_cast<bits_t>((bits & exponent) == exponent);
+  }
+  return found == 0;
+}
+
 template <int capability, class from_t, class sum_t>
 void add_row(const from_t* from, sum_t* sum, int64_t count) {
   add_strided(from, sum, 1, count);
@@ -394,6 +408,8 @@ sum_t sum_row(const from_t* from, int64_t count) {
   template void transpose<DLOPS_CAPABILITY, float, scalar_t>(const float*, int64_t, int64_t,      \
                                                              int64_t, scalar_t*, int64_t);
 
+template bool all_finite<DLOPS_CAPABILITY, double>(const double*, int64_t);
+template bool all_finite<DLOPS_CAPABILITY, float>(const float*, int64_t);
 template double* copy_runs<DLOPS_CAPABILITY, double>(const double* const*, int64_t, int64_t,
                                                      int64_t, int64_t, double*);
 template float* copy_runs<DLOPS_CAPABILITY, float>(const float* const*, int64_t, int64_t, int64_t,

@@ -54,6 +54,9 @@ constexpr int64_t kRunSlack = 64;
 template <int capability, class T>
 T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
              T* to);
+// Whether none of them is infinite or NaN.
+template <int capability, class T>
+bool all_finite(const T* values, int64_t count);
 // sum[i] += from[i].
 template <int capability, class from_t, class sum_t>
 void add_row(const from_t* from, sum_t* sum, int64_t count);
