@@ -35,8 +35,10 @@ def focal_loss(
     dim = 0 if input.dim() == 1 else 1
     classes = input.shape[dim]
     dtype = input.dtype
-    if target.is_floating_point():  # as a product of the two has
+    if target.is_floating_point():  # as their product has
         dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
     if target.is_floating_point():
         probability = target
         normalizer = torch.tensor(input.numel() // classes)

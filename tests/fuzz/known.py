@@ -187,10 +187,18 @@ def no_kernel_without_data(op: str, call: Call) -> bool:
     return shape_only(op, call) and not dtypes <= set(FLOATING)
 
 
+def integers_without_rows(op: str, call: Call) -> bool:
+    spec = call.specs.get("input")
+    return (
+        op == "focal_loss" and spec is not None and spec.dtype not in FLOATING and 0 in spec.shape
+    )
+
+
 # Native answers, and dlops refuses with a message that says so.
 REFUSALS = [
     Known("a dtype without a kernel is refused on the meta device as well", no_kernel_without_data),
     Known("the weight must have the dtype of the logits", weight_of_other_dtype),
+    Known("integer logits are refused without rows, too", integers_without_rows),
     Known("a label_smoothing that is NaN is outside of [0, 1]", smoothing_is_nan),
     Known("the bias must have the dtype of the input", bias_of_other_dtype),
     Known("a padded input has at most 2^62 rows and columns", padded_past_62_bits),

@@ -118,9 +118,11 @@ def rounding(call: Call) -> torch.dtype:
 
 
 def in_double(x: Tensor) -> Tensor:
+    """In plain memory: native's float64 weight gradient of grouped convolution is wrong for images
+    with strides of their own (2.15: (1, 1, 4) of shape (4, 1, 5)), where its float32 is right."""
     if x.is_complex():
-        return x.to(torch.complex128)
-    return x.double() if x.is_floating_point() else x
+        return x.to(torch.complex128).contiguous()
+    return x.double().contiguous() if x.is_floating_point() else x
 
 
 def magnitudes(op: str, call: Call) -> dict[str, float]:
@@ -146,7 +148,7 @@ def terms_of_losses(op: str, call: Call) -> dict[str, float]:
     if target is not None:
         rows = target.numel()
         if target.is_floating_point():
-            terms["gradient"] *= largest(target) + call.arguments["label_smoothing"]
+            terms["gradient"] *= largest(target) + max(call.arguments["label_smoothing"], 0.0)
     terms["gradient of input"] = terms["gradient of inputs"] = terms.pop("gradient")
     return {name: t / max(1, rows) if reduction == "mean" else t for name, t in terms.items()}
 
@@ -186,6 +188,10 @@ def check_agrees(ours: dict[str, Tensor], theirs: dict[str, Tensor], op: str, ca
         measured = truth[name]
         if formula and nan:  # ours is NaN in every derivative then
             measured = measured.masked_fill(result.isnan(), float("nan"))
+        if op == "conv2d" and call.arguments["padding"] not in (0, (0, 0), "valid"):
+            # Infinity times padding is NaN, or is left out: native's own kernels differ.
+            left_out = measured.isnan() & ~result.isnan()
+            measured = torch.where(left_out, in_double(result), measured)
         check_accurate(result, expected, measured, name, scale.get(name, 0.0), formula)
     return None
 
@@ -209,14 +215,9 @@ def check_accurate(
     if formula:
         unmeasured |= ~truth.isfinite()
     ours, native, truth = (x.masked_fill(unmeasured, 0) for x in (ours, native, truth))
-    same_kind = native.double().nan_to_num(3, 4, 5).eq(truth.nan_to_num(3, 4, 5))
+    same_kind = (native.isnan() & truth.isnan()) | (native.isinf() & native.double().eq(truth))
     kept = (native.isfinite() & truth.isfinite()) | same_kind
-    # Infinity times the zeros of padding is NaN in native's float64, and no product in its float32:
-    # as either.
-    as_native = ours.double().nan_to_num(3, 4, 5).eq(native.double().nan_to_num(3, 4, 5)) & ~kept
-    as_native |= ours.isfinite() & native.isfinite() & ~truth.isfinite()
     native = torch.where(kept, native, truth.to(native))
-    ours, native, truth = (x.masked_fill(as_native, 0) for x in (ours, native, truth))
     assert_accurate(ours, native, truth, name, magnitude)
 
 
@@ -252,6 +253,10 @@ def check(op: str, call: Call) -> None:
         return
     if shape_only(op, call) and isinstance(theirs, NotImplementedError):
         return  # A dtype without a kernel is no matter on the meta device.
+    if "allocate memory" in str(theirs):
+        event("not compared: native needs more memory than there is")
+        check_sane(ours)
+        return
     assert isinstance(theirs, dict), f"native: {theirs!r}\nours: {ours}"
     event("agrees")
     check_agrees(ours, theirs, op, call)
