@@ -1,7 +1,12 @@
-// Convolution on the CPU: im2col panels that stay in cache, multiplied by a library's matrix
-// product (matmul.h). conv2d_panels.h says what is multiplied with what. Groups of few channels
-// have kernels of their own: conv2d_planes.h for contiguous tensors, conv2d_depthwise.h for
-// channels_last.
+// Convolution on the CPU: checks, and the choice between four kernels.
+//   conv2d_strips.h     products that read channels_last pixels where they are: floating-point
+//                       types with more than a few channels
+//   conv2d_panels.h     im2col panels that stay in cache: few input channels, contiguous 1x1,
+//                       integers and complex numbers; its forward, grad_input and grad_weight are
+//                       in this file
+//   conv2d_planes.h     thin groups of contiguous tensors
+//   conv2d_depthwise.h  depthwise, channels_last
+// Products are a library's (matmul.h).
 //
 // The cut into panels depends on the shapes alone, never on the number of threads, and every sum
 // has one fixed order: the same call gives the same bits on any number of threads.
