@@ -14,8 +14,9 @@ import pytest
 pytestmark = pytest.mark.example
 
 # Without batch norm and dropout, which two processes compute differently. 321 images: the last
-# batch of an epoch has one image, so the second process has none.
-RECIPE = ("--recipe", "vanilla", "--batch-size", "32", "--lr", "0.05", "--limit", "321")
+# batch of an epoch has one image, so the second process has none. At rates of 0.02 and above a step
+# multiplies roundings: then the two runs on torch.nn differ by 1e-5 after three epochs as well.
+RECIPE = ("--recipe", "vanilla", "--batch-size", "32", "--lr", "0.01", "--limit", "321")
 AUGMENT = ("--set", 'augment=[{name="RandomCrop", size=32, padding=2}]')
 COMMAND = (*RECIPE, *AUGMENT)
 
