@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "common/conv2d_checks.h"
+#include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_depthwise.h"
 #include "cpu/conv2d_panels.h"
 #include "cpu/conv2d_planes.h"
@@ -100,7 +101,6 @@ std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Co
 // Few input channels: the columns of contiguous images are rows that are copied whole, and products
 // with them leave contiguous outputs as they are.
 bool few_channels(const Conv2dGeometry& g) {
-  constexpr int64_t kFewChannels = 8;
   return g.channels_per_group() <= kFewChannels && g.R * g.S > 1;
 }
 

@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
+#include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/conv2d_strips.h"
 #include "cpu/grain.h"
@@ -20,11 +21,9 @@ namespace dlops::cpu {
 namespace {
 
 constexpr int64_t kStripElements = 64 * 1024, kBatchElements = 256 * 1024;
-constexpr int64_t kBlock = 64;  // outputs of a product
 constexpr int64_t kTasks = 8;
 // What the sums of all chunks may take, where that is more than the gradient itself.
 constexpr int64_t kPartialElements = 512 * 1024;
-constexpr int64_t kFewChannels = 8;
 constexpr int64_t kFewPixels = 100, kManyImages = 16;
 
 template <class scalar_t>
