@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 
 # Threads that spin while they wait would slow down everything else on a busy machine. Read when
 # torch loads.
@@ -50,6 +51,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Native's own, for a case that is compared with it.
     config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_the_process() -> Iterator[None]:
+    """As they were, whatever a test or an example that it runs has set."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

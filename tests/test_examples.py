@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +22,6 @@ pytestmark = pytest.mark.example
 
 AUGMENT = 'augment=[{name="RandomCrop", size=28, padding=1}, {name="GaussianNoise", sigma=0.05}]'
 QUICK = ("--limit", "320", "--epochs", "2", "--set", AUGMENT)
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,14 +32,6 @@ import dlops
 pytestmark = pytest.mark.example
 
 SCRIPTS = [name for name in run_all.STUDIES if name != "exercises"]  # that one has its own tests
-
-
-@pytest.fixture(autouse=True)
-def _process_settings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
 
 
 def results(module: ModuleType, out: Path, *arguments: str) -> dict[str, Any]:
