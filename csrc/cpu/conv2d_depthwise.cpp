@@ -100,9 +100,10 @@ Axis horizontal(const Conv2dGeometry& g) {
   return {g.W, g.OW, g.S, g.stride_w, g.pad_left, g.dilation_w};
 }
 
-// The weight as (R, S, C).
-at::Tensor cells_by_channels(const at::Tensor& weight, at::ScalarType dtype) {
-  return weight.to(dtype).squeeze(1).permute({1, 2, 0}).contiguous();
+// The weight as (R, S, C), in the type of the sums.
+at::Tensor cells_by_channels(const at::Tensor& weight) {
+  const at::Tensor cells = weight.squeeze(1).permute({1, 2, 0});
+  return cells.to(at::toOpMathType(weight.scalar_type())).contiguous();
 }
 
 void sum_images(const Conv2dGeometry& g, const std::vector<TapRun>& rows,
@@ -112,11 +113,12 @@ void sum_images(const Conv2dGeometry& g, const std::vector<TapRun>& rows,
   const int64_t height = to.size(2), width = to.size(3);
   const DepthwiseSum d{
       rows.data(), cols.data(), static_cast<int64_t>(cols.size()), from_width, width, g.S, g.C};
-  AT_DISPATCH_FLOATING_TYPES(from.scalar_type(), "conv2d", [&] {
-    const auto compute = DLOPS_SIMD(sum_taps, scalar_t);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, from.scalar_type(), "conv2d", [&] {
+    using sum_t = at::opmath_type<scalar_t>;
+    const auto compute = DLOPS_SIMD(sum_taps, scalar_t, sum_t);
     const scalar_t* from_data = from.const_data_ptr<scalar_t>();
-    const scalar_t* weight_data = weight.const_data_ptr<scalar_t>();
-    const scalar_t* bias_data = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+    const sum_t* weight_data = weight.const_data_ptr<sum_t>();
+    const sum_t* bias_data = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
     scalar_t* to_data = to.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, g.N * height, grain(width * g.C * g.R * g.S), [&](int64_t a, int64_t b) {
       while (a < b) {
@@ -140,53 +142,42 @@ bool takes_depthwise(const Conv2dGeometry& g, at::ScalarType dtype) {
 
 void depthwise_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                        const at::Tensor& bias, const at::Tensor& output) {
-  const at::ScalarType dtype = at::toOpMathType(input.scalar_type());
   const Taps rows = Taps::of_outputs(vertical(g)), cols = Taps::of_outputs(horizontal(g));
-  const at::Tensor result = output.scalar_type() == dtype
-                                ? output
-                                : at::empty_like(output, output.options().dtype(dtype));
-  sum_images(g, rows.each(), cols.runs(1, g.stride_w), g.H, g.W, input.to(dtype),
-             cells_by_channels(weight, dtype), bias, result);
-  if (!result.is_same(output)) output.copy_(result);
+  sum_images(g, rows.each(), cols.runs(1, g.stride_w), g.H, g.W, input, cells_by_channels(weight),
+             bias, output);
 }
 
 void depthwise_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                           const at::Tensor& weight, const at::Tensor& grad_input) {
-  const at::ScalarType dtype = at::toOpMathType(grad_output.scalar_type());
   const Taps rows = Taps::of_inputs(vertical(g)), cols = Taps::of_inputs(horizontal(g));
-  const at::Tensor result = grad_input.scalar_type() == dtype
-                                ? grad_input
-                                : at::empty_like(grad_input, grad_input.options().dtype(dtype));
-  sum_images(g, rows.each(), cols.runs(g.stride_w, 1), g.OH, g.OW, grad_output.to(dtype),
-             cells_by_channels(weight, dtype), {}, result);
-  if (!result.is_same(grad_input)) grad_input.copy_(result);
+  sum_images(g, rows.each(), cols.runs(g.stride_w, 1), g.OH, g.OW, grad_output,
+             cells_by_channels(weight), {}, grad_input);
 }
 
 void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                            const at::Tensor& input, const at::Tensor& grad_weight) {
-  const at::ScalarType dtype = at::toOpMathType(input.scalar_type());
-  const at::Tensor grad = grad_output.to(dtype), images = input.to(dtype);
   // Tasks are blocks of channels of parts of the batch; the cut depends on the shapes alone.
   constexpr int64_t kChannels = 64, kTasks = 32;
   const int64_t blocks = ceil_div(g.C, kChannels);
   const int64_t chunks = std::min(g.N, ceil_div(kTasks, blocks));
   const at::Tensor sums = at::zeros({chunks, g.R, g.S, g.C}, at::kDouble);
   double* sum_data = sums.mutable_data_ptr<double>();
-  AT_DISPATCH_FLOATING_TYPES(dtype, "conv2d_grad_weight", [&] {
-    const auto compute = DLOPS_SIMD(correlate_channels, scalar_t);
-    const scalar_t* grad_data = grad.const_data_ptr<scalar_t>();
-    const scalar_t* image_data = images.const_data_ptr<scalar_t>();
-    const int64_t work = g.N * g.OH * g.OW * g.R * g.S * kChannels / chunks;
-    at::parallel_for(0, chunks * blocks, grain(work), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t chunk = task / blocks, c0 = task % blocks * kChannels;
-        for (int64_t n = chunk * g.N / chunks; n < (chunk + 1) * g.N / chunks; ++n) {
-          compute(g, grad_data + n * g.OH * g.OW * g.C, image_data + n * g.H * g.W * g.C, c0,
-                  std::min(g.C, c0 + kChannels), sum_data + chunk * g.R * g.S * g.C);
-        }
-      }
-    });
-  });
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
+        const auto compute = DLOPS_SIMD(correlate_channels, scalar_t);
+        const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
+        const scalar_t* image_data = input.const_data_ptr<scalar_t>();
+        const int64_t work = g.N * g.OH * g.OW * g.R * g.S * kChannels / chunks;
+        at::parallel_for(0, chunks * blocks, grain(work), [&](int64_t begin, int64_t end) {
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t chunk = task / blocks, c0 = task % blocks * kChannels;
+            for (int64_t n = chunk * g.N / chunks; n < (chunk + 1) * g.N / chunks; ++n) {
+              compute(g, grad_data + n * g.OH * g.OW * g.C, image_data + n * g.H * g.W * g.C, c0,
+                      std::min(g.C, c0 + kChannels), sum_data + chunk * g.R * g.S * g.C);
+            }
+          }
+        });
+      });
   for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
   grad_weight.copy_(sums[0].permute({2, 0, 1}).unsqueeze(1));
 }

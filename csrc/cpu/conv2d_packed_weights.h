@@ -1,6 +1,7 @@
 // The weights of a correlation in the order in which its products read them.
 #pragma once
 
+#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -16,18 +17,22 @@
 
 namespace dlops::cpu {
 
-// The weights as [group][block][tap][in channel][out channel of the block].
-template <class sum_t>
+// The weights as [group][block][tap][in channel][out channel of the block], in the type of the
+// sums.
+template <class scalar_t>
 class PackedWeights {
+  using sum_t = at::opmath_type<scalar_t>;
+
  public:
   PackedWeights(const Correlation& k, const at::Tensor& weight)
       : k_(k), C_(weight.size(1)), cells_(weight.size(2) * weight.size(3)) {
-    at::Tensor dense = weight.to(c10::CppTypeToScalarType<sum_t>::value);
+    at::Tensor dense = weight;
     if (!dense.is_contiguous() && !dense.is_contiguous(at::MemoryFormat::ChannelsLast))
       dense = dense.contiguous();
     last_ = !dense.is_contiguous();
-    from_ = dense.const_data_ptr<sum_t>();
-    tensor_ = at::empty({k.groups * k.blocks() * block_size()}, dense.options());
+    from_ = dense.const_data_ptr<scalar_t>();
+    tensor_ = at::empty({k.groups * k.blocks() * block_size()},
+                        at::TensorOptions(c10::CppTypeToScalarType<sum_t>::value));
     to_ = tensor_.mutable_data_ptr<sum_t>();
     pack();
   }
@@ -68,9 +73,9 @@ class PackedWeights {
 
   // `out` are the weight's outputs, `in` its channels.
   void pack_by_outputs(int64_t group, int64_t block, Interval in, Interval out, sum_t* space) {
-    const auto flip = DLOPS_SIMD(transpose, sum_t, sum_t);
+    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
     const int64_t width = length(out), count = length(in), ld = C_ * cells();
-    const sum_t* outputs = from_ + (group * k_.out_channels + out.begin) * ld;
+    const scalar_t* outputs = from_ + (group * k_.out_channels + out.begin) * ld;
     if (last_ || cells() == 1) {
       for (int64_t cell = 0; cell < cells(); ++cell)
         if (place(cell) >= 0)
@@ -88,23 +93,29 @@ class PackedWeights {
 
   // `out` are the weight's channels, `in` its outputs.
   void pack_by_inputs(int64_t group, int64_t block, Interval in, Interval out, sum_t* space) {
-    const auto flip = DLOPS_SIMD(transpose, sum_t, sum_t);
+    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
+    const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
     const int64_t width = length(out);
     for (int64_t o = in.begin; o < in.end; ++o) {
-      const sum_t* output = from_ + (group * k_.in_channels + o) * C_ * cells();
+      const scalar_t* output = from_ + (group * k_.in_channels + o) * C_ * cells();
       const bool as_is = last_ || cells() == 1;
       if (!as_is) flip(output + out.begin * cells(), cells(), width, cells(), space, width);
-      for (int64_t cell = 0; cell < cells(); ++cell)
-        if (place(cell) >= 0)
-          std::copy_n(as_is ? output + cell * C_ + out.begin : space + cell * width, width,
-                      destination(group, block, cell, o));
+      for (int64_t cell = 0; cell < cells(); ++cell) {
+        if (place(cell) < 0) continue;
+        sum_t* to = destination(group, block, cell, o);
+        if (as_is) {
+          convert(output + cell * C_ + out.begin, to, width);
+        } else {
+          std::copy_n(space + cell * width, width, to);
+        }
+      }
     }
   }
 
   const Correlation& k_;
   int64_t C_, cells_;
   bool last_;
-  const sum_t* from_;
+  const scalar_t* from_;
   at::Tensor tensor_;
   sum_t* to_;
 };

@@ -290,7 +290,7 @@ class Strips {
 
   const Correlation& k_;
   const ImageView<scalar_t> source_;
-  const PackedWeights<sum_t> weights_;
+  const PackedWeights<scalar_t> weights_;
   const sum_t* bias_;
   scalar_t* result_;
   const Cut cut_;

@@ -1,5 +1,6 @@
 // Softmax focal loss on the CPU: splits the rows among threads; the loops are in
-// simd/focal_loss.cpp.
+// simd/focal_loss.cpp and, for value and gradient of rows with many classes side by side, in
+// simd/focal_loss_wide.cpp.
 #include "cpu/simd/focal_loss.h"
 
 #include <ATen/Dispatch.h>
@@ -28,6 +29,7 @@ struct Call {
   at::Tensor input, target, weight;
   double gamma, label_smoothing;
   int64_t ignore_index, reduction;
+  double normalizer;  // what 'mean' divides by
 
   Call(const at::Tensor& input_, const at::Tensor& target_,
        const std::optional<at::Tensor>& weight_, double gamma, int64_t ignore_index,
@@ -43,13 +45,29 @@ struct Call {
         reduction(reduction) {
     if (weight_.has_value())
       weight = weight_->to(at::toOpMathType(weight_->scalar_type())).contiguous();
-    if (!shape.has_probabilities) check_targets(op);
+    normalizer = shape.has_probabilities ? static_cast<double>(shape.rows()) : add_up_targets(op);
   }
-  void check_targets(const char* op) const {
+  // Checks the classes, and adds up the weights of those that count.
+  double add_up_targets(const char* op) const {
     const int64_t* t = target.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < shape.rows(); ++i)
-      TORCH_CHECK_INDEX(t[i] == ignore_index || (0 <= t[i] && t[i] < shape.classes), op,
-                        ": target ", t[i], " is out of bounds for ", shape.classes, " classes");
+    const at::Tensor weights = weight.defined() ? weight.to(at::kDouble) : weight;
+    const double* w = weights.defined() ? weights.const_data_ptr<double>() : nullptr;
+    return chunked_sum(shape.rows(), 16384, [&](int64_t begin, int64_t end) {
+      int64_t valid = 0, bad = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        const bool counts = t[i] != ignore_index;
+        valid += counts;
+        bad += counts && (t[i] < 0 || t[i] >= shape.classes);
+      }
+      for (int64_t i = begin; bad > 0 && i < end; ++i)
+        TORCH_CHECK_INDEX(t[i] == ignore_index || (0 <= t[i] && t[i] < shape.classes), op,
+                          ": target ", t[i], " is out of bounds for ", shape.classes, " classes");
+      if (w == nullptr) return static_cast<double>(valid);
+      double sum = 0;
+      for (int64_t i = begin; i < end; ++i)
+        if (t[i] != ignore_index) sum += w[t[i]];
+      return sum;
+    });
   }
   at::Tensor dense(const std::optional<at::Tensor>& tensor, const char* name,
                    const char* op) const {
@@ -62,9 +80,12 @@ struct Call {
   bool class_is_innermost() const {
     return shape.inner == 1 || format == at::MemoryFormat::ChannelsLast;
   }
-  // Rows that one task works on: about 16 K elements, whole vectors of rows.
-  int64_t chunk() const {
-    return std::clamp<int64_t>(16384 / std::max<int64_t>(1, shape.classes) / 16 * 16, 16, 4096);
+  bool wide() const { return class_is_innermost() && shape.classes >= kWideClasses; }
+  // Rows that one task works on: about 16 K elements, whole vectors of rows where there are more.
+  int64_t chunk(int64_t least) const {
+    constexpr int64_t kVector = 16;
+    const int64_t rows = 16384 / std::max<int64_t>(1, shape.classes);
+    return std::clamp<int64_t>(rows < kVector ? rows : rows / kVector * kVector, least, 4096);
   }
   // An empty tensor stands in place of a gradient that was not asked for.
   at::Tensor empty_grad(bool asked) const {
@@ -74,17 +95,6 @@ struct Call {
   at::Tensor empty_loss() const {
     const at::Tensor loss = at::empty(shape.loss, input.options());
     return shape.classes == 0 ? loss.zero_() : loss;
-  }
-  // What 'mean' divides by.
-  double normalizer() const {
-    if (shape.has_probabilities) return static_cast<double>(shape.rows());
-    const int64_t* t = target.const_data_ptr<int64_t>();
-    double sum = 0;
-    const at::Tensor weights = weight.defined() ? weight.to(at::kDouble) : weight;
-    const double* w = weights.defined() ? weights.const_data_ptr<double>() : nullptr;
-    for (int64_t i = 0; i < shape.rows(); ++i)
-      if (t[i] != ignore_index) sum += w == nullptr ? 1 : w[t[i]];
-    return sum;
   }
   // A mean over nothing is NaN, though label smoothing has left something to sum.
   at::Tensor reduced_to(double sum, double normalizer) const {
@@ -128,14 +138,20 @@ scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
 }
 
-// Calls f(begin, end, scratch) for chunks of rows and returns the sum of the results.
+// Calls f(begin, end, scratch) for chunks of rows and returns the sum of the results: for the
+// kernels of simd/focal_loss.cpp, whose vectors are up to 16 rows.
 template <class scalar_t, class F>
 double for_each_chunk(const Call& call, const F& f) {
   const int64_t bytes = DLOPS_SIMD(focal_loss_scratch, scalar_t)(call.shape.classes);
-  return chunked_sum(call.shape.rows(), call.chunk(), [&](int64_t begin, int64_t end) -> double {
+  return chunked_sum(call.shape.rows(), call.chunk(16), [&](int64_t begin, int64_t end) -> double {
     Scratch scratch(bytes);
     return f(begin, end, scratch.take<char>(bytes));
   });
+}
+// Calls f(begin, end): for those of simd/focal_loss_wide.cpp.
+template <class F>
+double for_each_wide_chunk(const Call& call, const F& f) {
+  return chunked_sum(call.shape.rows(), call.chunk(1), f);
 }
 
 std::tuple<at::Tensor, at::Tensor> focal_loss(const at::Tensor& input, const at::Tensor& target,
@@ -148,17 +164,22 @@ std::tuple<at::Tensor, at::Tensor> focal_loss(const at::Tensor& input, const at:
   double sum = 0;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "focal_loss", [&] {
     if (call.shape.classes == 0) return;
-    const auto kernel = DLOPS_SIMD(focal_loss_rows, scalar_t);
     const auto args = call.args<scalar_t>();
     scalar_t* to = mutable_data_or_null<scalar_t>(loss);
-    sum = for_each_chunk<scalar_t>(call, [&](int64_t begin, int64_t end, void* scratch) {
-      return kernel(args, begin, end, to, scratch);
-    });
+    if (call.wide()) {
+      const auto kernel = DLOPS_SIMD(focal_loss_wide_rows, scalar_t);
+      sum = for_each_wide_chunk(
+          call, [&](int64_t begin, int64_t end) { return kernel(args, begin, end, to); });
+    } else {
+      const auto kernel = DLOPS_SIMD(focal_loss_rows, scalar_t);
+      sum = for_each_chunk<scalar_t>(call, [&](int64_t begin, int64_t end, void* scratch) {
+        return kernel(args, begin, end, to, scratch);
+      });
+    }
   });
-  const double normalizer = call.normalizer();
-  at::Tensor divisor =
-      at::scalar_tensor(normalizer, input.options().dtype(at::toOpMathType(input.scalar_type())));
-  return {call.reduced() ? call.reduced_to(sum, normalizer) : loss, divisor};
+  at::Tensor divisor = at::scalar_tensor(
+      call.normalizer, input.options().dtype(at::toOpMathType(input.scalar_type())));
+  return {call.reduced() ? call.reduced_to(sum, call.normalizer) : loss, divisor};
 }
 
 std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
@@ -177,14 +198,23 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
   at::Tensor grad_target = call.empty_grad(output_mask[1] && call.shape.has_probabilities);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
     if (input.numel() == 0) return;
-    const auto kernel = DLOPS_SIMD(focal_loss_vjp_rows, scalar_t);
     const auto args = call.args<scalar_t>();
     const auto upstream = call.upstream<scalar_t>(grad, normalizer);
-    for_each_chunk<scalar_t>(call, [&](int64_t begin, int64_t end, void* scratch) {
-      kernel(args, begin, end, upstream, mutable_data_or_null<scalar_t>(grad_input),
-             mutable_data_or_null<scalar_t>(grad_target), scratch);
-      return 0;
-    });
+    scalar_t* to = mutable_data_or_null<scalar_t>(grad_input);
+    scalar_t* to_target = mutable_data_or_null<scalar_t>(grad_target);
+    if (call.wide()) {
+      const auto kernel = DLOPS_SIMD(focal_loss_vjp_wide_rows, scalar_t);
+      for_each_wide_chunk(call, [&](int64_t begin, int64_t end) {
+        kernel(args, begin, end, upstream, to, to_target);
+        return 0;
+      });
+    } else {
+      const auto kernel = DLOPS_SIMD(focal_loss_vjp_rows, scalar_t);
+      for_each_chunk<scalar_t>(call, [&](int64_t begin, int64_t end, void* scratch) {
+        kernel(args, begin, end, upstream, to, to_target, scratch);
+        return 0;
+      });
+    }
   });
   return {grad_input, grad_target};
 }

@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "cpu/capability.h"
+#include "cpu/scratch.h"
 #include "cpu/simd/conv2d.h"
 
 namespace dlops::cpu {
@@ -42,36 +43,43 @@ at::Tensor unfold(const at::Tensor& input, at::IntArrayRef kernel_size, at::IntA
   return result;
 }
 
+template <class scalar_t>
+void fold_planes(const Conv2dGeometry& g, const scalar_t* from, scalar_t* to) {
+  using sum_t = at::opmath_type<scalar_t>;
+  const auto scatter = DLOPS_SIMD(scatter_columns, scalar_t, sum_t);
+  const int64_t cells = g.R * g.S, pixels = g.output_pixels(), plane = g.H * g.W;
+  Conv2dGeometry one = g;
+  one.N = one.C = 1;
+  const auto add_up = [&](int64_t i, sum_t* sums) {
+    std::fill_n(sums, plane, sum_t(0));
+    scatter(one, {0, 1, 0, pixels}, from + i * cells * pixels, pixels, sums);
+  };
+  const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (cells * pixels));
+  at::parallel_for(0, g.N * g.C, grain, [&](int64_t begin, int64_t end) {
+    if constexpr (std::is_same_v<scalar_t, sum_t>) {
+      for (int64_t i = begin; i < end; ++i) add_up(i, to + i * plane);
+    } else {
+      // Low-precision sums are kept in float32 until all of them are in.
+      Scratch scratch(Scratch::size<sum_t>(plane));
+      sum_t* sums = scratch.take<sum_t>(plane);
+      for (int64_t i = begin; i < end; ++i) {
+        add_up(i, sums);
+        DLOPS_SIMD(convert_row, sum_t, scalar_t)(sums, to + i * plane, plane);
+      }
+    }
+  });
+}
+
 at::Tensor fold(const at::Tensor& input, at::IntArrayRef output_size, at::IntArrayRef kernel_size,
                 at::IntArrayRef dilation, at::IntArrayRef padding, at::IntArrayRef stride) {
   const Conv2dGeometry g =
       fold_geometry(input.sizes(), output_size, kernel_size, dilation, padding, stride, "fold");
-  const int64_t cells = g.R * g.S, pixels = g.output_pixels();
   at::Tensor result = at::empty({g.N, g.C, g.H, g.W}, input.options());
   const at::Tensor dense = input.contiguous();
   AT_DISPATCH_V2(
       input.scalar_type(), "fold", AT_WRAP([&] {
         if (result.numel() == 0) return;
-        using sum_t = at::opmath_type<scalar_t>;
-        constexpr bool same_type = std::is_same_v<scalar_t, sum_t>;
-        // Sums of a low-precision type are kept in float32 until all of them are in.
-        const at::Tensor sums =
-            same_type ? result
-                      : at::empty(result.sizes(),
-                                  result.options().dtype(at::toOpMathType(result.scalar_type())));
-        sums.zero_();
-        const auto scatter = DLOPS_SIMD(scatter_columns, scalar_t, sum_t);
-        const scalar_t* from = dense.const_data_ptr<scalar_t>();
-        sum_t* to = sums.mutable_data_ptr<sum_t>();
-        const int64_t grain = std::max<int64_t>(1, kElementsPerThread / (cells * pixels));
-        at::parallel_for(0, g.N * g.C, grain, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t n = i / g.C, c = i % g.C;
-            scatter(g, {c, c + 1, n * pixels, (n + 1) * pixels}, from + i * cells * pixels, pixels,
-                    to);
-          }
-        });
-        if (!same_type) result.copy_(sums);
+        fold_planes(g, dense.const_data_ptr<scalar_t>(), result.mutable_data_ptr<scalar_t>());
       }),
       AT_EXPAND(AT_FLOATING_TYPES), AT_EXPAND(AT_COMPLEX_TYPES), at::kHalf, at::kBFloat16,
       at::kBool);

@@ -104,7 +104,15 @@ def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
     """
     if traced():
         return op(*args)
-    return function.apply(*args)
+    if differentiable(*(arg for arg in args if isinstance(arg, Tensor))):
+        return function.apply(*args)
+    return run(op, *args)
+
+
+def run(op: Callable[..., Any], *args: Any) -> Any:
+    """An op's kernel, past its registered derivatives, which would be looked up for nothing."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

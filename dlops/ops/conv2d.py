@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, empty_images, register
+from dlops.ops.common import (
+    call,
+    empty_images,
+    register,
+    run,
+)
 from dlops.ops.shapes import (
     COMPLEX,
     FLOATING,
@@ -33,7 +38,7 @@ class Conv2d(Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        return ops.conv2d(input, weight, bias, *geometry)
+        return run(ops.conv2d.default, input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +111,7 @@ class Conv2dGradInput(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any) -> Tensor:
-        return ops.conv2d_grad_input(grad_output, weight, input_size, *geometry)
+        return run(ops.conv2d_grad_input.default, grad_output, weight, input_size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +171,7 @@ class Conv2dGradWeight(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, input: Tensor, kernel_size: Any, *geometry: Any) -> Tensor:
-        return ops.conv2d_grad_weight(grad_output, input, kernel_size, *geometry)
+        return run(ops.conv2d_grad_weight.default, grad_output, input, kernel_size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,7 +225,7 @@ class Conv2dGradBias(Function):
 
     @staticmethod
     def forward(grad_output: Tensor) -> Tensor:
-        return ops.conv2d_grad_bias(grad_output)
+        return run(ops.conv2d_grad_bias.default, grad_output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -17,6 +17,7 @@ from dlops.ops.common import (
     no_third_derivative,
     reduce_rows,
     register,
+    run,
     where_asked,
 )
 from dlops.ops.shapes import check_shape, focal_loss_shape
@@ -39,7 +40,7 @@ class FocalLoss(Function):
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        return ops.focal_loss(input, target, *options)
+        return run(ops.focal_loss.default, input, target, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -78,7 +79,7 @@ class FocalLossVjp(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.focal_loss_vjp(*args)
+        return run(ops.focal_loss_vjp.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -130,7 +131,7 @@ class FocalLossJvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return ops.focal_loss_jvp(*args)
+        return run(ops.focal_loss_jvp.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,7 +192,7 @@ class FocalLossHvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.focal_loss_hvp(*args)
+        return run(ops.focal_loss_hvp.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

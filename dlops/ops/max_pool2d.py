@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, differentiable, empty_images, register, traced
+from dlops.ops.common import (
+    call,
+    differentiable,
+    empty_images,
+    register,
+    run,
+    traced,
+)
 from dlops.ops.shapes import FLOATING, INTEGERS, check, check_dtype, check_shape, pool2d_size
 
 ops = torch.ops.dlops
@@ -23,7 +30,7 @@ class MaxPool2d(Function):
 
     @staticmethod
     def forward(input: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
-        return ops.max_pool2d(input, *window)
+        return run(ops.max_pool2d.default, input, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -60,7 +67,7 @@ class MaxPool2dScatter(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, cells: Tensor, input_size: Any, *window: Any) -> Tensor:
-        return ops.max_pool2d_scatter(grad_output, cells, input_size, *window)
+        return run(ops.max_pool2d_scatter.default, grad_output, cells, input_size, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,7 +105,7 @@ class MaxPool2dGather(Function):
 
     @staticmethod
     def forward(input: Tensor, cells: Tensor, *window: Any) -> Tensor:
-        return ops.max_pool2d_gather(input, cells, *window)
+        return run(ops.max_pool2d_gather.default, input, cells, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,7 +140,7 @@ def max_pool2d_values(input: Tensor, *window: Any) -> Tensor:
     """The output alone; the cells are left out where nothing can ask for a derivative."""
     if traced() or differentiable(input):
         return max_pool2d(input, *window)[0]
-    return ops.max_pool2d_values(input, *window)
+    return run(ops.max_pool2d_values.default, input, *window)
 
 
 def scatter(grad_output: Tensor, cells: Tensor, input_size: Any, *window: Any) -> Tensor:

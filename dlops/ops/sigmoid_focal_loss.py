@@ -16,6 +16,7 @@ from dlops.ops.common import (
     no_third_derivative,
     reduce_rows,
     register,
+    run,
     spread_grad,
     where_asked,
 )
@@ -32,7 +33,7 @@ class SigmoidFocalLoss(Function):
 
     @staticmethod
     def forward(inputs: Tensor, targets: Tensor, *options: Any) -> Tensor:
-        return ops.sigmoid_focal_loss(inputs, targets, *options)
+        return run(ops.sigmoid_focal_loss.default, inputs, targets, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -63,7 +64,7 @@ class SigmoidFocalLossVjp(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return ops.sigmoid_focal_loss_vjp(grad_output, *args)
+        return run(ops.sigmoid_focal_loss_vjp.default, grad_output, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -116,7 +117,7 @@ class SigmoidFocalLossJvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return ops.sigmoid_focal_loss_jvp(*args)
+        return run(ops.sigmoid_focal_loss_jvp.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -168,7 +169,7 @@ class SigmoidFocalLossHvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return ops.sigmoid_focal_loss_hvp(*args)
+        return run(ops.sigmoid_focal_loss_hvp.default, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

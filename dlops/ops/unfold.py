@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, register
+from dlops.ops.common import (
+    call,
+    register,
+    run,
+)
 from dlops.ops.shapes import FLOATING, check_dtype, fold_channels, unfold_size
 
 ops = torch.ops.dlops
@@ -19,7 +23,7 @@ class Unfold(Function):
 
     @staticmethod
     def forward(input: Tensor, *window: Any) -> Tensor:
-        return ops.unfold(input, *window)
+        return run(ops.unfold.default, input, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -47,7 +51,7 @@ class Fold(Function):
 
     @staticmethod
     def forward(input: Tensor, *window: Any) -> Tensor:
-        return ops.fold(input, *window)
+        return run(ops.fold.default, input, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

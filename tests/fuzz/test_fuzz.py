@@ -143,6 +143,13 @@ def terms_of_losses(op: str, call: Call) -> dict[str, float]:
     if op == "sigmoid_focal_loss":
         # The formula adds logits that ours does not.
         terms["value"] = terms["gradient of targets"] = 4 * largest(logits) + 1
+        gamma = call.arguments["gamma"]
+        if rounding(call) == torch.float64 and 0 < gamma < 1:
+            # It is its own measure then, and knows small powers of 1 - p_t to half their digits.
+            terms = {
+                name: term * torch.finfo(torch.float64).eps ** (gamma - 1)
+                for name, term in terms.items()
+            }
     target = tensors.get("target")
     rows = logits.numel()
     if target is not None:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "cpu/simd/load_store.h"
 #include "cpu/simd/registers.h"
 
 namespace dlops::cpu {
@@ -11,53 +12,41 @@ namespace {
 
 constexpr int kPixels = 4;
 
-// `count` is a full vector's but for the last channels.
-template <class T>
-Vec<T> load(const T* from, int64_t count) {
-  return count >= Vec<T>::size() ? Vec<T>::loadu(from) : Vec<T>::loadu(from, count);
-}
-
 // P destinations of one run at V vectors of channels, the last of which holds `tail` of them.
-template <int P, int V, class T>
+template <int P, int V, class scalar_t, class T>
 void sum_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i, int64_t c,
-               int64_t tail, const T* from, const T* weight, const T* bias, T* to) {
+               int64_t tail, const scalar_t* from, const T* weight, const T* bias, scalar_t* to) {
   constexpr int64_t L = Vec<T>::size();
   const auto lanes = [&](int v) { return v + 1 < V ? L : tail; };
   Vec<T> sum[P][V];
   for (int v = 0; v < V; ++v) {
-    const Vec<T> start = bias == nullptr ? Vec<T>(T(0)) : load(bias + c + v * L, lanes(v));
+    const Vec<T> start = bias == nullptr ? Vec<T>(T(0)) : load<T>(bias + c + v * L, lanes(v));
     for (int p = 0; p < P; ++p) sum[p][v] = start;
   }
   for (int64_t r = 0; r < row.tap_count; ++r) {
-    const T* from_row = from + row.taps[r].source * d.from_width * d.C + c;
+    const scalar_t* from_row = from + row.taps[r].source * d.from_width * d.C + c;
     const T* weight_row = weight + row.taps[r].cell * d.S * d.C + c;
     for (int64_t s = 0; s < run.tap_count; ++s) {
-      const T* x = from_row + (run.taps[s].source + i * run.source_step) * d.C;
+      const scalar_t* x = from_row + (run.taps[s].source + i * run.source_step) * d.C;
       const T* w = weight_row + run.taps[s].cell * d.C;
       for (int v = 0; v < V; ++v) {
-        const Vec<T> factor = load(w + v * L, lanes(v));
+        const Vec<T> factor = load<T>(w + v * L, lanes(v));
         for (int p = 0; p < P; ++p) {
-          const Vec<T> value = load(x + p * run.source_step * d.C + v * L, lanes(v));
+          const Vec<T> value = load<T>(x + p * run.source_step * d.C + v * L, lanes(v));
           sum[p][v] = at::vec::fmadd(value, factor, sum[p][v]);
         }
       }
     }
   }
   for (int p = 0; p < P; ++p) {
-    T* out = to + (row.first * d.to_width + run.first + (i + p) * run.step) * d.C + c;
-    for (int v = 0; v < V; ++v) {
-      if (lanes(v) == L) {
-        sum[p][v].store(out + v * L);
-      } else {
-        sum[p][v].store(out + v * L, static_cast<int>(tail));
-      }
-    }
+    scalar_t* out = to + (row.first * d.to_width + run.first + (i + p) * run.step) * d.C + c;
+    for (int v = 0; v < V; ++v) store(sum[p][v], out + v * L, lanes(v));
   }
 }
 
-template <int P, class T>
+template <int P, class scalar_t, class T>
 void sum_channels(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i,
-                  const T* from, const T* weight, const T* bias, T* to) {
+                  const scalar_t* from, const T* weight, const T* bias, scalar_t* to) {
   constexpr int64_t L = Vec<T>::size();
   constexpr int V = kSums / 8;
   int64_t c = 0;
@@ -69,9 +58,9 @@ void sum_channels(const DepthwiseSum& d, const TapRun& row, const TapRun& run, i
 
 // sums[s][lane] += grad[ow][lane] * input[ow + s][lane] over the output columns [ow0, ow1), for B
 // neighbouring kernel columns, at V vectors of channels.
-template <int B, int V, class T>
-void correlate_row(const T* grad, const T* input, int64_t ow0, int64_t ow1, int64_t input_step,
-                   int64_t cell_step, int64_t C, int64_t tail, T* sums) {
+template <int B, int V, class scalar_t, class T>
+void correlate_row(const scalar_t* grad, const scalar_t* input, int64_t ow0, int64_t ow1,
+                   int64_t input_step, int64_t cell_step, int64_t C, int64_t tail, T* sums) {
   constexpr int64_t L = Vec<T>::size();
   const auto lanes = [&](int v) { return v + 1 < V ? L : tail; };
   Vec<T> sum[B][V];
@@ -79,9 +68,9 @@ void correlate_row(const T* grad, const T* input, int64_t ow0, int64_t ow1, int6
     for (int v = 0; v < V; ++v) sum[s][v] = Vec<T>::loadu(sums + (s * V + v) * L);
   for (int64_t ow = ow0; ow < ow1; ++ow) {
     for (int v = 0; v < V; ++v) {
-      const Vec<T> g = load(grad + ow * C + v * L, lanes(v));
+      const Vec<T> g = load<T>(grad + ow * C + v * L, lanes(v));
       for (int s = 0; s < B; ++s) {
-        const Vec<T> x = load(input + ow * input_step + s * cell_step + v * L, lanes(v));
+        const Vec<T> x = load<T>(input + ow * input_step + s * cell_step + v * L, lanes(v));
         sum[s][v] = at::vec::fmadd(g, x, sum[s][v]);
       }
     }
@@ -91,9 +80,10 @@ void correlate_row(const T* grad, const T* input, int64_t ow0, int64_t ow1, int6
 }
 
 // The kernel columns [s, s + B) of kernel row r, over a whole image.
-template <int B, int V, class T>
-void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const T* grad, const T* input,
-                     int64_t tail, double* sums) {
+template <int B, int V, class scalar_t>
+void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const scalar_t* grad,
+                     const scalar_t* input, int64_t tail, double* sums) {
+  using T = at::opmath_type<scalar_t>;
   constexpr int64_t L = Vec<T>::size();
   T partial[B * V * L] = {};
   Interval inside[B], common{0, g.OW};
@@ -106,12 +96,12 @@ void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const T* gra
   for (int64_t oh = 0; oh < g.OH; ++oh) {
     const int64_t ih = g.input_row(oh, r);
     if (!g.row_inside(ih)) continue;
-    const T* from = grad + oh * g.OW * g.C;
-    const T* with = input + (ih * g.W + g.input_col(0, s)) * g.C;
+    const scalar_t* from = grad + oh * g.OW * g.C;
+    const scalar_t* with = input + (ih * g.W + g.input_col(0, s)) * g.C;
     correlate_row<B, V>(from, with, common.begin, common.end, input_step, cell_step, g.C, tail,
                         partial);
     for (int b = 0; b < B; ++b) {
-      const T* cell = with + b * cell_step;
+      const scalar_t* cell = with + b * cell_step;
       T* sum = partial + b * V * L;
       correlate_row<1, V>(from, cell, inside[b].begin, std::min(inside[b].end, common.begin),
                           input_step, cell_step, g.C, tail, sum);
@@ -125,9 +115,9 @@ void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const T* gra
   }
 }
 
-template <int V, class T>
-void correlate_vectors(const Conv2dGeometry& g, const T* grad, const T* input, int64_t tail,
-                       double* sums) {
+template <int V, class scalar_t>
+void correlate_vectors(const Conv2dGeometry& g, const scalar_t* grad, const scalar_t* input,
+                       int64_t tail, double* sums) {
   for (int64_t r = 0; r < g.R; ++r) {
     int64_t s = 0;
     for (; s + 3 <= g.S; s += 3) correlate_cells<3, V>(g, r, s, grad, input, tail, sums);
@@ -137,9 +127,9 @@ void correlate_vectors(const Conv2dGeometry& g, const T* grad, const T* input, i
 
 }  // namespace
 
-template <int capability, class T>
-void sum_taps(const DepthwiseSum& d, int64_t row0, int64_t row1, const T* from, const T* weight,
-              const T* bias, T* to) {
+template <int capability, class scalar_t, class T>
+void sum_taps(const DepthwiseSum& d, int64_t row0, int64_t row1, const scalar_t* from,
+              const T* weight, const T* bias, scalar_t* to) {
   for (int64_t row = row0; row < row1; ++row) {
     for (int64_t k = 0; k < d.col_runs; ++k) {
       const TapRun& run = d.cols[k];
@@ -151,10 +141,10 @@ void sum_taps(const DepthwiseSum& d, int64_t row0, int64_t row1, const T* from, 
   }
 }
 
-template <int capability, class T>
-void correlate_channels(const Conv2dGeometry& g, const T* grad, const T* input, int64_t c0,
-                        int64_t c1, double* sums) {
-  constexpr int64_t L = Vec<T>::size();
+template <int capability, class scalar_t>
+void correlate_channels(const Conv2dGeometry& g, const scalar_t* grad, const scalar_t* input,
+                        int64_t c0, int64_t c1, double* sums) {
+  constexpr int64_t L = Vec<at::opmath_type<scalar_t>>::size();
   constexpr int V = kSums / 4;
   int64_t c = c0;
   for (; c + V * L <= c1; c += V * L) correlate_vectors<V>(g, grad + c, input + c, L, sums + c);
@@ -162,13 +152,16 @@ void correlate_channels(const Conv2dGeometry& g, const T* grad, const T* input, 
     correlate_vectors<1>(g, grad + c, input + c, std::min(L, c1 - c), sums + c);
 }
 
-#define DLOPS_INSTANTIATE(T)                                                                    \
-  template void sum_taps<DLOPS_CAPABILITY>(const DepthwiseSum&, int64_t, int64_t, const T*,     \
-                                           const T*, const T*, T*);                             \
-  template void correlate_channels<DLOPS_CAPABILITY>(const Conv2dGeometry&, const T*, const T*, \
-                                                     int64_t, int64_t, double*);
+#define DLOPS_INSTANTIATE(scalar_t)                                                                \
+  template void sum_taps<DLOPS_CAPABILITY>(const DepthwiseSum&, int64_t, int64_t, const scalar_t*, \
+                                           const at::opmath_type<scalar_t>*,                       \
+                                           const at::opmath_type<scalar_t>*, scalar_t*);           \
+  template void correlate_channels<DLOPS_CAPABILITY>(const Conv2dGeometry&, const scalar_t*,       \
+                                                     const scalar_t*, int64_t, int64_t, double*);
 
-DLOPS_INSTANTIATE(float)
 DLOPS_INSTANTIATE(double)
+DLOPS_INSTANTIATE(float)
+DLOPS_INSTANTIATE(c10::BFloat16)
+DLOPS_INSTANTIATE(c10::Half)
 
 }  // namespace dlops::cpu

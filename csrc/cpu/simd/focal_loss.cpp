@@ -5,8 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/simd/vec_math.h"
-#include "focal_loss_math.h"
+#include "cpu/simd/focal_softmax.h"
 
 // A vector's lanes are rows: a tile holds `lanes` rows, class by class, so that every sum over
 // classes is a loop over vectors, in the same order for each row, whatever its neighbours and the
@@ -93,26 +92,11 @@ struct Rows {
   V weight(int64_t c) const { return V(args.weight == nullptr ? T(1) : args.weight[c]); }
   // The share of class c in the smoothed target, `target` being the tile of probabilities.
   V share(int64_t c, const T* target) const {
-    const T kept = static_cast<T>(1 - args.label_smoothing);
-    const T spread = static_cast<T>(args.label_smoothing / static_cast<double>(args.classes));
+    const auto [kept, spread] = Smoothing<T>(args.label_smoothing, args.classes);
     if (target != nullptr) return V(kept) * V::loadu(target + c * lanes) + V(spread);
     return M::select(M::eq(this->target(), V(T(c))), V(kept + spread), V(spread));
   }
   bool one_class_each() const { return args.target != nullptr && args.label_smoothing == 0; }
-};
-
-// A sum over classes that loses no digits however many there are (Kahan).
-template <class M>
-struct Sum {
-  using V = typename M::V;
-  V total{typename M::Scalar(0)}, lost{typename M::Scalar(0)};
-  void add(V value) {
-    const V wanted = value - lost, next = total + wanted;
-    const V error = (next - total) - wanted;
-    // Where the sum is infinite the error is not a number: nothing is lost then.
-    lost = M::select(M::eq(error, error), error, V(0));
-    total = next;
-  }
 };
 
 // The sum of f(c) over the classes, in four chains that the processor runs side by side.
@@ -127,63 +111,35 @@ typename M::V sum_over(int64_t classes, const F& f) {
   return chains[0].total;
 }
 
-// A tile's softmax. The largest logit is left out of the sum: then no digit of a probability near 1
-// is lost, nor of its complement.
 template <class scalar_t>
-struct Softmax {
+typename Rows<scalar_t>::V largest_logit(const Rows<scalar_t>& rows) {
+  using M = typename Rows<scalar_t>::M;
+  typename M::V max[4] = {rows.logit(0), rows.logit(0), rows.logit(0), rows.logit(0)};
+  int64_t c = 0;
+  for (; c + 4 <= rows.args.classes; c += 4)
+    for (int64_t i = 0; i < 4; ++i) max[i] = M::max(max[i], rows.logit(c + i));
+  for (; c < rows.args.classes; ++c) max[0] = M::max(max[0], rows.logit(c));
+  return M::max(M::max(max[0], max[1]), M::max(max[2], max[3]));
+}
+
+// A tile's softmax. With `exps`, exp(x - max) is kept there.
+template <class scalar_t>
+Softmax<typename Rows<scalar_t>::M> softmax_of(const Rows<scalar_t>& rows,
+                                               typename Rows<scalar_t>::T* exps = nullptr) {
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
   using T = typename R::T;
-  const R& rows;
-  V max;
-  V others;      // sum of exp(x - max) over the classes but one of the largest
-  V log_sum;     // log(1 + others)
-  V inverse;     // 1 / (1 + others): the largest probability
-  V complement;  // 1 - that
-
-  // With `exps`, exp(x - max) is kept there.
-  explicit Softmax(const R& rows, T* exps = nullptr) : rows(rows), max(largest(rows)) {
-    V ties(T(-1));
-    const V smaller = sum_over<M>(rows.args.classes, [&](int64_t c) {
-      const V shifted = rows.logit(c) - max, tie = is_max(c), e = M::exp(shifted);
-      if (exps != nullptr) e.store(exps + c * R::lanes);
-      ties = ties + M::select(tie, V(T(1)), V(T(0)));
-      // The difference of a largest logit is 0, or NaN where the row has no softmax.
-      return M::select(tie, shifted, e);
-    });
-    others = smaller + ties;
-    log_sum = M::log1p(others);
-    inverse = V(T(1)) / (V(T(1)) + others);
-    complement = others * inverse;
-  }
-  static V largest(const R& rows) {
-    V max[4] = {rows.logit(0), rows.logit(0), rows.logit(0), rows.logit(0)};
-    int64_t c = 0;
-    for (; c + 4 <= rows.args.classes; c += 4)
-      for (int64_t i = 0; i < 4; ++i) max[i] = M::max(max[i], rows.logit(c + i));
-    for (; c < rows.args.classes; ++c) max[0] = M::max(max[0], rows.logit(c));
-    return M::max(M::max(max[0], max[1]), M::max(max[2], max[3]));
-  }
-  V is_max(int64_t c) const { return M::eq(rows.logit(c), max); }
-  V log_p(V logit) const {
-    return M::select(M::eq(logit, max), V(T(0)) - log_sum, (logit - max) - log_sum);
-  }
-  // phi and its derivatives for the class with this logit
-  SoftmaxFocal<M> focal(V logit) const {
-    const V lp = log_p(logit);
-    const V not_p = M::select(M::eq(logit, max), complement, V(T(1)) - M::exp(lp));
-    return SoftmaxFocal<M>(lp, not_p, static_cast<T>(rows.args.gamma));
-  }
-  SoftmaxFocal<M> focal(int64_t c) const { return focal(rows.logit(c)); }
-  V p(int64_t c) const { return M::exp(rows.logit(c) - max) * inverse; }
-};
-
-// A vector times a factor that may be 0: then 0, even where the vector is infinite.
-template <class M>
-typename M::V weighted(typename M::V factor, typename M::V value) {
-  using V = typename M::V;
-  return M::select(M::eq(factor, V(0)), V(0), factor * value);
+  const V max = largest_logit(rows);
+  V ties(T(-1));
+  const V smaller = sum_over<M>(rows.args.classes, [&](int64_t c) {
+    const V shifted = rows.logit(c) - max, tie = M::eq(rows.logit(c), max), e = M::exp(shifted);
+    if (exps != nullptr) e.store(exps + c * R::lanes);
+    ties = ties + M::select(tie, V(T(1)), V(T(0)));
+    // The difference of a largest logit is 0, or NaN where the row has no softmax.
+    return M::select(tie, shifted, e);
+  });
+  return Softmax<M>(max, smaller + ties, rows.args.gamma);
 }
 
 // The logits of the target classes, where each row has one.
@@ -204,13 +160,14 @@ typename Rows<scalar_t>::V row_losses(const Rows<scalar_t>& rows,
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
-  const Softmax<scalar_t> softmax(rows);
+  const auto softmax = softmax_of(rows);
   V loss(0);
   if (rows.one_class_each()) {
     loss = weighted<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows)).loss());
   } else {
     loss = sum_over<M>(rows.args.classes, [&](int64_t c) {
-      return weighted<M>(rows.weight(c) * rows.share(c, target), softmax.focal(c).loss());
+      return weighted<M>(rows.weight(c) * rows.share(c, target),
+                         softmax.focal(rows.logit(c)).loss());
     });
   }
   return M::select(rows.valid(), loss, V(0));
@@ -274,7 +231,7 @@ void one_class_gradient(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V f
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
-  const Softmax<scalar_t> softmax(rows, result);
+  const auto softmax = softmax_of(rows, result);
   const V target = rows.target();
   const SoftmaxFocal<M> focal = softmax.focal(target_logit(rows));
   const V slope = weighted<M>(factor * V::loadu(rows.target_weight), focal.first());
@@ -293,15 +250,15 @@ void general_gradient(const Rows<scalar_t>& rows, const at::opmath_type<scalar_t
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
-  const Softmax<scalar_t> softmax(rows);
+  const auto softmax = softmax_of(rows);
   const V sum = sum_over<M>(rows.args.classes, [&](int64_t c) {
     const V share = rows.weight(c) * rows.share(c, target);
-    const V slope = weighted<M>(factor * share, softmax.focal(c).first());
+    const V slope = weighted<M>(factor * share, softmax.focal(rows.logit(c)).first());
     slope.store(result + c * R::lanes);
     return slope;
   });
   for (int64_t c = 0; c < rows.args.classes; ++c)
-    (V::loadu(result + c * R::lanes) - softmax.p(c) * sum).store(result + c * R::lanes);
+    (V::loadu(result + c * R::lanes) - softmax.p(rows.logit(c)) * sum).store(result + c * R::lanes);
 }
 
 // A tangent of the logits relative to its mean under the softmax, v_c - p.v, and the same divided
@@ -311,17 +268,17 @@ struct Centred {
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
-  const Softmax<scalar_t>& softmax;
   const typename R::T* tangent;  // a tile, or null for zero
   V at_max, max_minus_mean;
 
-  Centred(const Softmax<scalar_t>& softmax, const typename R::T* tangent)
-      : softmax(softmax), tangent(tangent), at_max(0), max_minus_mean(0) {
+  Centred(const R& rows, const Softmax<M>& softmax, const typename R::T* tangent)
+      : tangent(tangent), at_max(0), max_minus_mean(0) {
     if (tangent == nullptr) return;
-    const int64_t classes = softmax.rows.args.classes;
-    for (int64_t c = 0; c < classes; ++c) at_max = M::select(softmax.is_max(c), raw(c), at_max);
-    max_minus_mean =
-        sum_over<M>(classes, [&](int64_t c) { return softmax.p(c) * (at_max - raw(c)); });
+    const int64_t classes = rows.args.classes;
+    for (int64_t c = 0; c < classes; ++c)
+      at_max = M::select(M::eq(rows.logit(c), softmax.max), raw(c), at_max);
+    max_minus_mean = sum_over<M>(
+        classes, [&](int64_t c) { return softmax.p(rows.logit(c)) * (at_max - raw(c)); });
   }
   V raw(int64_t c) const { return V::loadu(tangent + c * R::lanes); }
   V value(int64_t c) const {
@@ -370,10 +327,11 @@ void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
       rows.write(tiles.a, grad_input);
     }
     if (grad_target == nullptr) return;
-    const Softmax<scalar_t> softmax(rows);
+    const auto softmax = softmax_of(rows);
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
     for (int64_t c = 0; c < args.classes; ++c)
-      (factor * kept * rows.weight(c) * softmax.focal(c).loss()).store(tiles.a + c * R::lanes);
+      (factor * kept * rows.weight(c) * softmax.focal(rows.logit(c)).loss())
+          .store(tiles.a + c * R::lanes);
     rows.write(tiles.a, grad_target);
   });
 }
@@ -390,12 +348,12 @@ double focal_loss_jvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64
   for_each_tile(args, begin, end, tiles, [&](const R& rows, const typename R::T* target) {
     if (tangent_input != nullptr) rows.read(tangent_input, tiles.a);
     if (tangent_target != nullptr) rows.read(tangent_target, tiles.b);
-    const Softmax<scalar_t> softmax(rows);
-    const Centred<scalar_t> centred(softmax, tangent_input == nullptr ? nullptr : tiles.a);
+    const auto softmax = softmax_of(rows);
+    const Centred<scalar_t> centred(rows, softmax, tangent_input == nullptr ? nullptr : tiles.a);
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
     Sum<M> result;
     for (int64_t c = 0; c < args.classes; ++c) {
-      const SoftmaxFocal<M> focal = softmax.focal(c);
+      const SoftmaxFocal<M> focal = softmax.focal(rows.logit(c));
       result.add(weighted<M>(rows.weight(c) * rows.share(c, target), focal.first()) *
                  centred.value(c));
       if (tangent_target != nullptr)
@@ -418,14 +376,14 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
   for_each_tile(args, begin, end, tiles, [&](const R& rows, const typename R::T* target) {
     if (tangent_input != nullptr) rows.read(tangent_input, tiles.a);
     if (tangent_target != nullptr) rows.read(tangent_target, tiles.b);
-    const Softmax<scalar_t> softmax(rows);
-    const Centred<scalar_t> centred(softmax, tangent_input == nullptr ? nullptr : tiles.a);
+    const auto softmax = softmax_of(rows);
+    const Centred<scalar_t> centred(rows, softmax, tangent_input == nullptr ? nullptr : tiles.a);
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
     const V factor = factors(rows, grad);
     // The derivative of g_c - p_c sum(g) along the tangents: dg_c - p_c sum(dg) - dp_c sum(g).
     Sum<M> slopes, changes;
     for (int64_t c = 0; c < args.classes; ++c) {
-      const SoftmaxFocal<M> focal = softmax.focal(c);
+      const SoftmaxFocal<M> focal = softmax.focal(rows.logit(c));
       const V share = rows.weight(c) * rows.share(c, target);
       V change =
           weighted<M>(share, focal.second_times_not_p()) * centred.over_complement(c, focal.not_p);
@@ -437,13 +395,13 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
     }
     if (grad_target != nullptr) {
       for (int64_t c = 0; c < args.classes; ++c)
-        (factor * kept * rows.weight(c) * softmax.focal(c).first() * centred.value(c))
+        (factor * kept * rows.weight(c) * softmax.focal(rows.logit(c)).first() * centred.value(c))
             .store(tiles.target + c * R::lanes);
       rows.write(tiles.target, grad_target);
     }
     if (grad_input == nullptr) return;
     for (int64_t c = 0; c < args.classes; ++c) {
-      const V p = softmax.p(c);
+      const V p = softmax.p(rows.logit(c));
       const V change = V::loadu(tiles.b + c * R::lanes);
       (factor * (change - p * changes.total - slopes.total * p * centred.value(c)))
           .store(tiles.b + c * R::lanes);

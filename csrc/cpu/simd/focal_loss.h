@@ -30,7 +30,10 @@ struct RowFactor {
 template <int capability, class scalar_t>
 int64_t focal_loss_scratch(int64_t classes);
 
-// Each computes rows [begin, end). The results are written where their pointer is not null.
+// Each computes rows [begin, end). The results are written where their pointer is not null. Those
+// for wide rows read the classes of a row where they are, side by side (inner is 1), and need no
+// working memory; they are the faster ones from kWideClasses on.
+constexpr int64_t kWideClasses = 24;
 
 // Returns the sum of the losses.
 template <int capability, class scalar_t>
@@ -40,6 +43,13 @@ template <int capability, class scalar_t>
 void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
                          RowFactor<scalar_t> grad, scalar_t* grad_input, scalar_t* grad_target,
                          void* scratch);
+template <int capability, class scalar_t>
+double focal_loss_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                            scalar_t* loss);
+template <int capability, class scalar_t>
+void focal_loss_vjp_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                              RowFactor<scalar_t> grad, scalar_t* grad_input,
+                              scalar_t* grad_target);
 // Returns the sum of the tangents. Either tangent may be null, which stands for zero.
 template <int capability, class scalar_t>
 double focal_loss_jvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,

@@ -1,0 +1,45 @@
+// Vectors of the type that arithmetic runs in, from and to memory of a tensor's type.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <type_traits>
+
+namespace dlops::cpu {
+namespace {  // compiled once per instruction set, so nothing here may be shared
+
+// The first `count` elements, at most a vector's; reads nothing past them.
+template <class T, class scalar_t>
+at::vec::Vectorized<T> load(const scalar_t* from, int64_t count) {
+  using V = at::vec::Vectorized<T>;
+  if constexpr (std::is_same_v<T, scalar_t>) {
+    return count >= V::size() ? V::loadu(from) : V::loadu(from, count);
+  } else {
+    V values;
+    if (count >= V::size()) {
+      at::vec::load_to_float<scalar_t>(from, values);
+    } else {
+      scalar_t part[V::size()] = {};
+      std::copy_n(from, count, part);
+      at::vec::load_to_float<scalar_t>(part, values);
+    }
+    return values;
+  }
+}
+
+template <class T, class scalar_t>
+void store(at::vec::Vectorized<T> values, scalar_t* to, int64_t count) {
+  const int some = static_cast<int>(std::min<int64_t>(count, values.size()));
+  if constexpr (!std::is_same_v<T, scalar_t>) {
+    at::vec::convert_from_float<scalar_t>(values, values).store(to, some);
+  } else if (some == values.size()) {
+    values.store(to);
+  } else {
+    values.store(to, some);
+  }
+}
+
+}  // namespace
+}  // namespace dlops::cpu
