@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
 
 # at::Reduction's numbers.
 NONE, MEAN, SUM = 0, 1, 2
@@ -104,9 +104,11 @@ def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
     """
     if traced():
         return op(*args)
-    if differentiable(*(arg for arg in args if isinstance(arg, Tensor))):
+    if not differentiable(*(arg for arg in args if isinstance(arg, Tensor))):
+        return run(op, *args)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return run(op, *args)
+    return function.eager.apply(*args)
 
 
 def run(op: Callable[..., Any], *args: Any) -> Any:
@@ -133,8 +135,22 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def eager(function: Any) -> Any:
+    """The same Function without ``setup_context``, which transforms need: with it, every call looks
+    up the signature of ``forward`` and takes four times as long."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    parts = {"forward": staticmethod(forward), "setup_context": Function.setup_context}
+    return type(function)(function.__name__, (function,), parts)
+
+
 def register(function: Any, name: str) -> None:
     """Gives the raw op the derivatives and the vmap rule of its autograd.Function."""
+    function.eager = eager(function)
     torch.library.register_autograd(
         f"dlops::{name}", function.backward, setup_context=_setup_of(function)
     )
