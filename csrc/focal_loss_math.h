@@ -24,6 +24,8 @@ struct ScalarMath {
   static DLOPS_HOST_DEVICE T expm1(T x) { return std::expm1(x); }
   static DLOPS_HOST_DEVICE T log(T x) { return std::log(x); }
   static DLOPS_HOST_DEVICE T log1p(T x) { return std::log1p(x); }
+  // For x in [0, 1].
+  static DLOPS_HOST_DEVICE T log1p_of_fraction(T x) { return std::log1p(x); }
   static DLOPS_HOST_DEVICE T pow(T x, T y) { return std::pow(x, y); }
   static DLOPS_HOST_DEVICE T abs(T x) { return std::abs(x); }
   // NaN in `x` passes through both.
@@ -69,7 +71,7 @@ struct SigmoidFocal {
     const auto positive = M::ge(z, V(0));
     q = M::select(positive, larger, smaller);
     p = M::select(positive, smaller, larger);
-    cross_entropy = M::max(z, V(0)) + M::log1p(e);
+    cross_entropy = M::max(z, V(0)) + M::log1p_of_fraction(e);
     power = focal_power<M>(q, gamma);
   }
   DLOPS_HOST_DEVICE V loss() const { return power * cross_entropy; }
