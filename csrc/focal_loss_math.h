@@ -24,8 +24,11 @@ struct ScalarMath {
   static DLOPS_HOST_DEVICE T expm1(T x) { return std::expm1(x); }
   static DLOPS_HOST_DEVICE T log(T x) { return std::log(x); }
   static DLOPS_HOST_DEVICE T log1p(T x) { return std::log1p(x); }
-  // For x in [0, 1].
-  static DLOPS_HOST_DEVICE T log1p_of_fraction(T x) { return std::log1p(x); }
+  // 1 / (1 + x) and log(1 + x) for x in [0, 1]
+  static DLOPS_HOST_DEVICE void inverse_and_log(T x, T& inverse, T& log) {
+    inverse = T(1) / (T(1) + x);
+    log = std::log1p(x);
+  }
   static DLOPS_HOST_DEVICE T pow(T x, T y) { return std::pow(x, y); }
   static DLOPS_HOST_DEVICE T abs(T x) { return std::abs(x); }
   // NaN in `x` passes through both.
@@ -66,12 +69,13 @@ struct SigmoidFocal {
 
   DLOPS_HOST_DEVICE SigmoidFocal(V z, Scalar gamma) : gamma(gamma) {
     const V e = M::exp(V(0) - M::abs(z));
-    const V larger = V(1) / (V(1) + e);
+    V larger, log;
+    M::inverse_and_log(e, larger, log);
     const V smaller = e * larger;
     const auto positive = M::ge(z, V(0));
     q = M::select(positive, larger, smaller);
     p = M::select(positive, smaller, larger);
-    cross_entropy = M::max(z, V(0)) + M::log1p_of_fraction(e);
+    cross_entropy = M::max(z, V(0)) + log;
     power = focal_power<M>(q, gamma);
   }
   DLOPS_HOST_DEVICE V loss() const { return power * cross_entropy; }

@@ -86,7 +86,7 @@ struct Rows {
           valid && args.target != nullptr && args.weight != nullptr ? args.weight[t] : T(1);
     }
   }
-  V valid() const { return M::ge(V::loadu(valid_lane), V(T(1))); }
+  auto valid() const { return M::ge(V::loadu(valid_lane), V(T(1))); }
   V target() const { return V::loadu(target_class); }
   V logit(int64_t c) const { return V::loadu(x + c * lanes); }
   V weight(int64_t c) const { return V(args.weight == nullptr ? T(1) : args.weight[c]); }
@@ -133,7 +133,8 @@ Softmax<typename Rows<scalar_t>::M> softmax_of(const Rows<scalar_t>& rows,
   const V max = largest_logit(rows);
   V ties(T(-1));
   const V smaller = sum_over<M>(rows.args.classes, [&](int64_t c) {
-    const V shifted = rows.logit(c) - max, tie = M::eq(rows.logit(c), max), e = M::exp(shifted);
+    const auto tie = M::eq(rows.logit(c), max);
+    const V shifted = rows.logit(c) - max, e = M::exp(shifted);
     if (exps != nullptr) e.store(exps + c * R::lanes);
     ties = ties + M::select(tie, V(T(1)), V(T(0)));
     // The difference of a largest logit is 0, or NaN where the row has no softmax.
@@ -238,7 +239,7 @@ void one_class_gradient(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V f
   const V minus_slope = (V(0) - slope) * softmax.inverse;
   for (int64_t c = 0; c < rows.args.classes; ++c) {
     const V e = V::loadu(result + c * R::lanes);
-    const V is_target = M::eq(target, V(typename R::T(c)));
+    const auto is_target = M::eq(target, V(typename R::T(c)));
     M::select(is_target, slope * focal.not_p, minus_slope * e).store(result + c * R::lanes);
   }
 }

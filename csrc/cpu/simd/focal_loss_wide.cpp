@@ -98,9 +98,10 @@ template <class M>
 struct Exponentials {
   using V = typename M::V;
   V sum{0}, ties{0};
-  void add(V e, V tie) {
-    sum = sum + (e & ~tie);
-    ties = ties + (V(1) & tie);
+  void add(V e, V logit, V max) {
+    const auto tie = M::eq(logit, max);
+    sum = sum + M::select(tie, V(0), e);
+    ties = M::select(tie, ties + V(1), ties);
   }
   void add(const Exponentials& other) {
     sum = sum + other.sum;
@@ -124,7 +125,7 @@ C10_ALWAYS_INLINE Exponentials<M> add_up(const scalar_t* x, int64_t classes, typ
                                     const V logit = first_lanes(load<T>(x + c, some), some, none);
                                     const V e = M::exp(logit - max);
                                     if constexpr (keep) store(e, exps + c, some);
-                                    part[chain].add(e, M::eq(logit, max));
+                                    part[chain].add(e, logit, max);
                                   });
     for (const Exponentials<M>& chain : part) all.add(chain);
   }
@@ -293,7 +294,7 @@ struct WideRow {
     const V kept(smoothing.kept), spread(smoothing.spread);
     if (probabilities != nullptr)
       return rows.weight(c, some) * (kept * load<T>(probabilities + c, some) + spread);
-    const V is_target = M::eq(V::arange(static_cast<T>(c), T(1)), V(target));
+    const auto is_target = M::eq(V::arange(static_cast<T>(c), T(1)), V(target));
     return rows.weight(c, some) *
            M::select(is_target, V(smoothing.kept + smoothing.spread), spread);
   }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "cpu/simd/load_store.h"
 #include "cpu/simd/rounded.h"
 #include "cpu/simd/vec_math.h"
 #include "focal_loss_math.h"
@@ -18,85 +19,87 @@ namespace {
 
 constexpr int64_t kTile = 512;
 
-// One tile in the type that the arithmetic runs in.
-template <class T>
+// One tile of results, in the type that the arithmetic runs in.
+template <class scalar_t>
 struct Tile {
-  int64_t begin, count;
-  alignas(64) T x[kTile], target[kTile], alpha[kTile], result[kTile];
-  bool soft;  // whether any target is neither 0 nor 1
-};
+  using T = at::opmath_type<scalar_t>;
+  using V = typename VecMath<T>::V;
+  const SigmoidFocalArgs<scalar_t>& args;
+  int64_t begin = 0, count = 0;
+  alignas(64) T class_alpha[kTile], result[kTile];
 
-template <class scalar_t, class T>
-void load(const SigmoidFocalArgs<scalar_t>& args, int64_t begin, int64_t end, Tile<T>& tile) {
-  tile.begin = begin;
-  tile.count = end - begin;
-  for (int64_t i = 0; i < tile.count; ++i) tile.x[i] = static_cast<T>(args.inputs[begin + i]);
-  int64_t hard = 0;
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const T target = static_cast<T>(args.targets[begin + i]);
-    tile.target[i] = target;
-    hard += (target == T(0)) | (target == T(1));
-  }
-  tile.soft = hard != tile.count;
-  if (args.class_alpha == nullptr) {
-    std::fill_n(tile.alpha, tile.count, static_cast<T>(args.alpha));
-  } else {
+  explicit Tile(const SigmoidFocalArgs<scalar_t>& args) : args(args) {}
+  void start(int64_t from, int64_t to) {
+    begin = from;
+    count = to - from;
+    if (args.class_alpha == nullptr) return;
     int64_t c = begin % args.classes;
-    for (int64_t i = 0; i < tile.count; ++i) {
-      tile.alpha[i] = static_cast<T>(args.class_alpha[c]);
+    for (int64_t i = 0; i < count; ++i) {
+      class_alpha[i] = static_cast<T>(args.class_alpha[c]);
       if (++c == args.classes) c = 0;
     }
   }
-  // Whole vectors are computed; what lies past the end is not stored.
-  const int64_t padded = std::min(kTile, (tile.count + 15) / 16 * 16);
-  std::fill(tile.x + tile.count, tile.x + padded, T(0));
-  std::fill(tile.target + tile.count, tile.target + padded, T(0));
-  std::fill(tile.alpha + tile.count, tile.alpha + padded, T(0));
-}
+  V inputs(int64_t i) const { return load<T>(args.inputs + begin + i, count - i); }
+  V targets(int64_t i) const { return load<T>(args.targets + begin + i, count - i); }
+  V alpha(int64_t i) const {
+    return args.class_alpha == nullptr ? V(static_cast<T>(args.alpha))
+                                       : load<T>(class_alpha + i, count - i);
+  }
+  // The general formula, in double: its intermediate powers overflow float.
+  SoftSigmoidFocal<double> general(int64_t i) const {
+    const T alpha = args.class_alpha == nullptr ? static_cast<T>(args.alpha) : class_alpha[i];
+    return SoftSigmoidFocal<double>(static_cast<double>(args.inputs[begin + i]),
+                                    static_cast<double>(args.targets[begin + i]),
+                                    static_cast<double>(alpha), args.gamma);
+  }
+  bool is_soft(int64_t i) const {
+    const T target = static_cast<T>(args.targets[begin + i]);
+    return !(target == T(0) || target == T(1));
+  }
+};
 
 enum class Order { value, first, second };
 
 // The derivative of that order with respect to the logit, for hard targets.
 template <Order order, class M>
-typename M::V hard(typename M::V x, typename M::V target, typename M::V alpha,
-                   typename M::Scalar gamma) {
+C10_ALWAYS_INLINE typename M::V hard(typename M::V x, typename M::V target, typename M::V alpha,
+                                     typename M::Scalar gamma) {
   using V = typename M::V;
   const V sign = V(1) - target - target;  // z = sign * x
   const SigmoidFocal<M> focal(sign * x, gamma);
-  const V weight = alpha * target + (V(1) - alpha) * (V(1) - target);
-  const V used = M::select(M::ge(alpha, V(0)), weight, V(1));
+  const V used =
+      M::select(M::ge(alpha, V(0)), M::select(M::eq(target, V(0)), V(1) - alpha, alpha), V(1));
   if constexpr (order == Order::value) return used * focal.loss();
   if constexpr (order == Order::first) return used * sign * focal.first();
   if constexpr (order == Order::second) return used * focal.second();
 }
 
-template <class T>
-bool is_soft(T target) {
-  return !(target == T(0) || target == T(1));
-}
-
-// The general formula, in double: its intermediate powers overflow float.
-template <class T>
-SoftSigmoidFocal<double> general(const Tile<T>& tile, int64_t i, double gamma) {
-  return SoftSigmoidFocal<double>(static_cast<double>(tile.x[i]),
-                                  static_cast<double>(tile.target[i]),
-                                  static_cast<double>(tile.alpha[i]), gamma);
+// tile.result = that derivative for hard targets; whether all of them are.
+template <Order order, class scalar_t>
+C10_ALWAYS_INLINE bool hard_derivative(Tile<scalar_t>& tile, typename Tile<scalar_t>::T gamma) {
+  using T = typename Tile<scalar_t>::T;
+  using M = VecMath<T>;
+  using V = typename M::V;
+  V soft(0);  // not 0 in a lane that has met one
+  for (int64_t i = 0; i < tile.count; i += V::size()) {
+    const V target = tile.targets(i);
+    soft = M::select(M::eq(target, V(0)), soft, M::select(M::eq(target, V(1)), soft, V(1)));
+    hard<order, M>(tile.inputs(i), target, tile.alpha(i), gamma).store(tile.result + i);
+  }
+  return soft.zero_mask() == (1 << V::size()) - 1;
 }
 
 // tile.result = that derivative.
-template <Order order, class T>
-void derivative(Tile<T>& tile, double gamma) {
-  using M = VecMath<T>;
-  using V = typename M::V;
-  for (int64_t i = 0; i < tile.count; i += V::size()) {
-    hard<order, M>(V::loadu(tile.x + i), V::loadu(tile.target + i), V::loadu(tile.alpha + i),
-                   static_cast<T>(gamma))
-        .store(tile.result + i);
-  }
-  if (!tile.soft) return;
+template <Order order, class scalar_t>
+void derivative(Tile<scalar_t>& tile) {
+  using T = typename Tile<scalar_t>::T;
+  const T gamma = static_cast<T>(tile.args.gamma);
+  // Of a gamma that is known here, no other power is left in the loop.
+  if (gamma == T(2) ? hard_derivative<order>(tile, T(2)) : hard_derivative<order>(tile, gamma))
+    return;
   for (int64_t i = 0; i < tile.count; ++i) {
-    if (!is_soft(tile.target[i])) continue;
-    const SoftSigmoidFocal<double> focal = general(tile, i, gamma);
+    if (!tile.is_soft(i)) continue;
+    const SoftSigmoidFocal<double> focal = tile.general(i);
     tile.result[i] = static_cast<T>(order == Order::value   ? focal.loss
                                     : order == Order::first ? focal.x
                                                             : focal.xx);
@@ -106,9 +109,9 @@ void derivative(Tile<T>& tile, double gamma) {
 // Calls f(tile) for the tiles of [begin, end).
 template <class scalar_t, class F>
 void for_each_tile(const SigmoidFocalArgs<scalar_t>& args, int64_t begin, int64_t end, const F& f) {
-  Tile<at::opmath_type<scalar_t>> tile;
+  Tile<scalar_t> tile(args);
   for (int64_t at = begin; at < end; at += kTile) {
-    load(args, at, std::min(end, at + kTile), tile);
+    tile.start(at, std::min(end, at + kTile));
     f(tile);
   }
 }
@@ -152,7 +155,7 @@ double sigmoid_focal_loss_range(const SigmoidFocalArgs<scalar_t>& args, int64_t 
                                 scalar_t* loss) {
   double total = 0;
   for_each_tile(args, begin, end, [&](auto& tile) {
-    derivative<Order::value>(tile, args.gamma);
+    derivative<Order::value>(tile);
     if (loss != nullptr) store(tile.result, tile.count, loss + tile.begin);
     total += sum(tile.result, tile.count);
   });
@@ -165,14 +168,14 @@ void sigmoid_focal_loss_vjp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
                                   scalar_t* grad_targets) {
   for_each_tile(args, begin, end, [&](auto& tile) {
     if (grad_inputs != nullptr) {
-      derivative<Order::first>(tile, args.gamma);
+      derivative<Order::first>(tile);
       scale(tile.result, tile.begin, tile.count, grad);
       store(tile.result, tile.count, grad_inputs + tile.begin);
     }
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i)
       grad_targets[tile.begin + i] =
-          rounded<scalar_t>(upstream(grad, tile.begin + i) * general(tile, i, args.gamma).t);
+          rounded<scalar_t>(upstream(grad, tile.begin + i) * tile.general(i).t);
   });
 }
 
@@ -184,14 +187,14 @@ double sigmoid_focal_loss_jvp_range(const SigmoidFocalArgs<scalar_t>& args, int6
   double total = 0;
   for_each_tile(args, begin, end, [&](auto& tile) {
     if (tangent_inputs != nullptr) {
-      derivative<Order::first>(tile, args.gamma);
+      derivative<Order::first>(tile);
       scale(tile.result, tile.begin, tile.count, Upstream<scalar_t>{tangent_inputs, 0});
     } else {
       std::fill_n(tile.result, tile.count, T(0));
     }
     if (tangent_targets != nullptr) {
       for (int64_t i = 0; i < tile.count; ++i)
-        tile.result[i] += static_cast<T>(general(tile, i, args.gamma).t *
+        tile.result[i] += static_cast<T>(tile.general(i).t *
                                          static_cast<double>(tangent_targets[tile.begin + i]));
     }
     if (tangent != nullptr) store(tile.result, tile.count, tangent + tile.begin);
@@ -212,15 +215,15 @@ void sigmoid_focal_loss_hvp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
   for_each_tile(args, begin, end, [&](auto& tile) {
     if (grad_inputs != nullptr) {
       if (tangent_inputs != nullptr) {
-        derivative<Order::second>(tile, args.gamma);
+        derivative<Order::second>(tile);
         scale(tile.result, tile.begin, tile.count, Upstream<scalar_t>{tangent_inputs, 0});
       } else {
         std::fill_n(tile.result, tile.count, T(0));
       }
       if (tangent_targets != nullptr) {
         for (int64_t i = 0; i < tile.count; ++i)
-          tile.result[i] += static_cast<T>(general(tile, i, args.gamma).xt *
-                                           tangent(tangent_targets, tile.begin + i));
+          tile.result[i] +=
+              static_cast<T>(tile.general(i).xt * tangent(tangent_targets, tile.begin + i));
       }
       scale(tile.result, tile.begin, tile.count, grad);
       store(tile.result, tile.count, grad_inputs + tile.begin);
@@ -228,7 +231,7 @@ void sigmoid_focal_loss_hvp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i) {
       const int64_t at = tile.begin + i;
-      const SoftSigmoidFocal<double> focal = general(tile, i, args.gamma);
+      const SoftSigmoidFocal<double> focal = tile.general(i);
       grad_targets[at] =
           rounded<scalar_t>(upstream(grad, at) * (focal.xt * tangent(tangent_inputs, at) +
                                                   focal.tt * tangent(tangent_targets, at)));

@@ -30,34 +30,66 @@ struct VecMath {
         k[l] = static_cast<float>(exponent);
       }
       const V power = V::loadu(k), m = V::loadu(bits);
-      const V small = log1p_of_fraction(select(eq(power, V(0)), x, m - V(1)));
-      return power * V(0.693145752f) + (small + power * V(1.42860677e-6f));
+      const V f = select(eq(power, V(0)), x, m - V(1));
+      return power * V(0.693145752f) + (log_of_ratio(f / (V(2) + f)) + power * V(1.42860677e-6f));
     } else {
       return x.log1p();
     }
   }
-  // For x from -1/3 to 1.
-  static V log1p_of_fraction(V x) {
+  // 1 / (1 + x) and log(1 + x) for x in [0, 1]
+  static void inverse_and_log(V x, V& inverse, V& log) {
+    const V one = V(1) + x;
     if constexpr (std::is_same_v<T, float>) {
-      // log(1 + x) = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 + ...), s = x / (2 + x) at most 1/3; the
-      // coefficients are the minimax ones: relative error 5e-9, after rounding 2 units at most.
-      const V s = x / (V(2) + x), u = s * s;
-      V series(0.14005996f);
-      series = at::vec::fmadd(series, u, V(0.14000902f));
-      series = at::vec::fmadd(series, u, V(0.20010763f));
-      series = at::vec::fmadd(series, u, V(0.33333209f));
-      return at::vec::fmadd(s + s, u * series, s + s);
+      const V two = V(2) + x, both = V(1) / (one * two);  // division costs most
+      inverse = both * two;
+      log = log_of_ratio(x * one * both);
     } else {
-      return x.log1p();
+      inverse = V(1) / one;
+      log = x.log1p();
     }
   }
   static V pow(V x, V y) { return x.pow(y); }
   static V abs(V x) { return x.abs(); }
   static V max(V x, V bound) { return at::vec::maximum(x, bound); }
   static V min(V x, V bound) { return at::vec::minimum(x, bound); }
+#if defined(CPU_CAPABILITY_AVX512)
+  // at::vec would turn each mask into a vector and back.
+  static auto ge(V x, V y) { return compare<_CMP_GE_OQ>(x, y); }
+  static auto eq(V x, V y) { return compare<_CMP_EQ_OQ>(x, y); }
+  static V select(__mmask16 condition, V yes, V no) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm512_mask_blend_ps(condition, no, yes);
+    } else {
+      return _mm512_mask_blend_pd(static_cast<__mmask8>(condition), no, yes);
+    }
+  }
+#else
   static V ge(V x, V y) { return x >= y; }
   static V eq(V x, V y) { return x == y; }
   static V select(V condition, V yes, V no) { return V::blendv(no, yes, condition); }
+#endif
+
+ private:
+#if defined(CPU_CAPABILITY_AVX512)
+  template <int comparison>
+  static __mmask16 compare(V x, V y) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm512_cmp_ps_mask(x, y, comparison);
+    } else {
+      return _mm512_cmp_pd_mask(x, y, comparison);
+    }
+  }
+#endif
+  // log((1 + s) / (1 - s)) = 2 (s + s^3/3 + s^5/5 + ...) for s from -1/3 to 1/3, with minimax
+  // coefficients: relative error 5e-9.
+  static V log_of_ratio(V s) {
+    const V u = s * s;
+    V series(0.14005996f);
+    series = at::vec::fmadd(series, u, V(0.14000902f));
+    series = at::vec::fmadd(series, u, V(0.20010763f));
+    series = at::vec::fmadd(series, u, V(0.33333209f));
+    return at::vec::fmadd(s + s, u * series, s + s);
+  }
 };
 
 }  // namespace
