@@ -130,6 +130,7 @@ SMALL_CONV2D = [
         dilation=(3, 1),
     ),
     Conv2dCase("many_small_images", (18, 9, 4, 3), (9, 9, 3, 3), padding=1),
+    Conv2dCase("meets_no_column", (1, 9, 2, 1), (2, 9, 1, 1), stride=2, padding=1),
     Conv2dCase("meets_only_padding", (1, 9, 3, 3), (2, 9, 1, 1), stride=(20, 30), padding=(1, 2)),
 ]
 
@@ -142,6 +143,7 @@ LARGE_CONV2D = [
     Conv2dCase("strips", (2, 64, 40, 24), (40, 64, 3, 3), padding=1),
     Conv2dCase("many_images", (33, 32, 6, 6), (70, 32, 3, 3), padding=1),
     Conv2dCase("heavy_strided", (20, 128, 4, 5), (130, 128, 3, 3), stride=2, padding=1),
+    Conv2dCase("first_layer_small_images", (20, 3, 9, 8), (40, 3, 5, 5), stride=(2, 1), padding=2),
     Conv2dCase("first_layer", (2, 3, 32, 31), (64, 3, 3, 3), padding=1),
     Conv2dCase("7x7_stride", (1, 3, 40, 43), (40, 3, 7, 7), stride=2, padding=3),
     Conv2dCase("grouped_deep", (3, 64, 7, 7), (96, 16, 3, 3), padding=1, groups=4),
@@ -323,6 +325,9 @@ SMALL_FOCAL = [
     FocalCase("3_classes", (7, 3)),
     FocalCase("10_classes", (6, 10)),
     FocalCase("17_classes", (3, 17)),
+    # From 24 classes on, side by side, vectors run over the classes.
+    FocalCase("25_classes", (17, 25)),
+    FocalCase("40_classes_image", (2, 40, 3, 2)),
     FocalCase("80_classes", (2, 80)),
     FocalCase("row", (5,)),
     FocalCase("sequence", (2, 4, 3)),
@@ -337,6 +342,7 @@ LARGE_FOCAL = [
     FocalCase("1000_classes", (33, 1000)),
     FocalCase("1_class_100_rows", (100, 1)),
     FocalCase("wide_row", (1003,)),
+    FocalCase("20001_classes", (2, 20001)),
     FocalCase("large_image", (3, 19, 17, 23)),
 ]
 

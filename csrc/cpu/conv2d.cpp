@@ -320,12 +320,14 @@ int64_t pixel_chunks(const Conv2dGeometry& g, int64_t blocks, int64_t tasks_per_
   return std::max<int64_t>(1, std::min({wanted, blocks, kPartialElements / weight_elements}));
 }
 
-template <class scalar_t, bool last, bool grad_last = last>
+// `last` is the columns' layout and `images_last` that of input and grad_output: few channels of
+// channels_last images, too, have columns that are rows copied whole.
+template <class scalar_t, bool last, bool images_last = last>
 void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                  const at::Tensor& result) {
   using sum_t = at::opmath_type<scalar_t>;
   const Panels<scalar_t, last> panels{g};
-  const Panels<scalar_t, grad_last> grad_panels{g};
+  const Panels<scalar_t, images_last> grad_panels{g};
   const int64_t Og = g.outputs_per_group(), Cg = g.channels_per_group(), cells = g.R * g.S;
   const PixelBlocks pixels(g, pixels_per_panel(g));
   const ChannelBlocks channels(Cg, cells, kPanelElements / kMinPixels);
@@ -340,11 +342,14 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
   const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
   const int64_t panel = channels.size * cells * pixels.max_pixels();
   const int64_t flipped = Og * pixels.max_pixels();
+  const int64_t planes = last == images_last ? 0 : panels.part_size(pixels, {0, channels.size});
   const int64_t work = g.N * g.output_pixels() / chunks * channels.size * cells * Og;
   at::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(flipped));
+    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(flipped) +
+                    Scratch::size<sum_t>(planes));
     sum_t* column_space = scratch.take<sum_t>(panel);
     sum_t* grad_space = scratch.take<sum_t>(flipped);
+    sum_t* plane_space = scratch.take<sum_t>(planes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task % channels.count(), group = task / channels.count() % g.groups;
       const int64_t chunk = task / channels.count() / g.groups;
@@ -355,10 +360,13 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
            ++b) {
         const Interval q = pixels[b];
         const int64_t P = q.end - q.begin;
-        const Matrix<sum_t> columns = panels.columns(input_data, group, c, q, column_space);
+        const Matrix<sum_t> columns =
+            last == images_last
+                ? panels.columns(input_data, group, c, q, column_space)
+                : panels.columns_of_last(input_data, group, c, q, plane_space, column_space);
         const Matrix<sum_t> grad =
-            last == grad_last ? grad_panels.outputs_transposed(grad_data, group, q, grad_space)
-                              : grad_panels.outputs(grad_data, group, q, grad_space);
+            last == images_last ? grad_panels.outputs_transposed(grad_data, group, q, grad_space)
+                                : grad_panels.outputs(grad_data, group, q, grad_space);
         if constexpr (last) {
           matmul(Og, K, P, grad.data, grad.ld, columns.data, columns.ld, sum, K, true);
         } else {
@@ -422,7 +430,7 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
           if (by_rows) {
-            grad_weight<scalar_t, false, true>(g, dense_grad, input.contiguous(), result);
+            grad_weight<scalar_t, false, true>(g, dense_grad, dense_input, result);
           } else {
             grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
           }

@@ -58,7 +58,8 @@ void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t
 // depends on the shapes alone.
 struct Cut {
   int64_t images, rows, blocks;  // of a task
-  Cut(const Correlation& k) {
+  // `together`: images that share what a block of many weights costs to read.
+  Cut(const Correlation& k, int64_t together) {
     const int64_t source_row = k.W_in * k.depth() * k.phases[0].rows.step / k.row_step;
     const int64_t row = std::max<int64_t>({1, source_row, k.W_out * k.block()});
     const int64_t weights = k.taps * k.in_channels * k.block();
@@ -66,8 +67,7 @@ struct Cut {
     blocks = k.blocks();
     images = 1;
     if (fitting >= k.H_out) {
-      // Several images share what a block of many weights costs to read.
-      const int64_t least = weights > kStripElements / 2 ? 16 : 1;
+      const int64_t least = weights > kStripElements / 2 ? together : 1;
       images = std::clamp(fitting / k.H_out, std::min(least, k.images), k.images);
       // As many tasks as a multiple of kTasks, for an even load.
       const int64_t rounds = ceil_div(ceil_div(k.images, images), kTasks);
@@ -98,7 +98,7 @@ class Strips {
         weights_(k_, weight),
         bias_(bias),
         result_(result),
-        cut_(k_) {
+        cut_(k_, kSameType ? 16 : 8) {  // low precision takes copies of them
     if (!k_.unfolded.empty())
       unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1]);
   }

@@ -314,8 +314,8 @@ class WeightGradient {
   const TapAxis rows_, cols_;
   const ImageView<scalar_t> grad_, input_;
   const Unfolder<scalar_t, sum_t> unfolder_;
-  const bool unfolds_;  // few channels go through im2col
-  Interval columns_;    // of the input that a strip holds
+  const bool unfolds_;      // few channels go through im2col
+  Interval columns_{0, 0};  // of the input that a strip holds
   bool in_place_, whole_columns_, flat_;
   std::vector<Segment> segments_;
   int64_t images_ = 0;  // of a unit, where products run over images
