@@ -16,7 +16,7 @@ CPP_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 BUILD_FILES := $(shell find csrc build_support -type f -not -name '*.pyc') setup.py pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help env build train experiments test bench lint format wheel-test cuda-compile clean \
+.PHONY: help env build train experiments test bench bench-check lint format wheel-test cuda-compile clean \
 	test-matrix build-memory test-large fuzz sanitize
 
 help: ## list these targets
@@ -45,6 +45,9 @@ sanitize: env ## run the op tests under AddressSanitizer, UndefinedBehaviorSanit
 
 bench: build ## time every op against the native one
 	$(PY) -m benchmarks $(ARGS)
+
+bench-check: build ## a short benchmark; names what is slower than in the committed results
+	$(PY) -m benchmarks --check benchmarks/results/cpu-float32.json $(ARGS)
 
 lint: $(VENV)/.dev ## check format, style and types
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)

@@ -3,12 +3,14 @@
 import argparse
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import bench_conv2d, bench_focal_loss, bench_max_pool2d, bench_unfold, plot, report
+from .check import Baseline
 from .harness import Case, Disagreement, measure
 from .machine import ROOT, context, describe
 from .roofline import Limits
@@ -36,6 +38,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--tf32", action="store_true", help="let both sides use TF32 on a GPU")
     add("--show", type=Path, metavar="RESULTS.json", help="print a run's tables, time nothing")
+    add(
+        "--check",
+        type=Path,
+        metavar="RESULTS.json",
+        help="shortly; names what is slower than there",
+    )
     add("--out", type=Path, help="path of the results without suffix (default: by what is run)")
     return parser
 
@@ -54,6 +62,8 @@ def main() -> int:
     about = context(device)
     print(describe(about))
     limits = Limits(device)
+    if options.check:
+        return check_against(Baseline(options.check), options, device, limits)
     budget = Budget(0.02, 3) if options.quick else Budget(options.seconds, 9)
     rows: list[report.Row] = []
     disagreements: list[str] = []
@@ -64,6 +74,21 @@ def main() -> int:
     for text in disagreements:
         print(f"DISAGREES, not timed: {text}")
     return 1 if disagreements else 0
+
+
+def check_against(
+    baseline: Baseline, options: argparse.Namespace, device: torch.device, limits: Limits
+) -> int:
+    options.no_compile = True
+    lines, count = [], 0
+    for dtype in options.dtype:
+        for case in filter(lambda case: baseline.holds(case, dtype), select(options)):
+            once = partial(measure, case, device, getattr(torch, dtype), limits, Budget(0.1, 5))
+            lines += baseline.regressions(once)
+            count += 1
+    print(*(f"SLOWER {line}" for line in lines), sep="\n", end="")
+    print(f"\n{count} cases, {len(lines)} slower than at {baseline.commit[:8]}")
+    return 1 if lines or not count else 0
 
 
 def prepare(device: torch.device, options: argparse.Namespace) -> None:

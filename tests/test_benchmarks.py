@@ -18,6 +18,7 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bench_conv2d, report, run  # noqa: E402
+from benchmarks.check import Baseline  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
 from benchmarks.timing import Budget, interleave  # noqa: E402
@@ -70,6 +71,27 @@ def test_rows() -> None:
         assert row["percent_of_limit"] == pytest.approx(100 * row["limit_s"] / ours)
         assert row["speedup"] == pytest.approx(native / ours)
         assert row["errors"]["dlops"] < 1e-6
+
+
+def test_regressions_are_named(tmp_path: Path) -> None:
+    """Slower against native and against the machine's limits, twice: neither alone, nor once."""
+    row = {"op": "square", "case": "100", "layout": "", "dtype": "float32", "pass": "forward"}
+    before = row | {"speedup": 2.0, "percent_of_limit": 50.0}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"context": {"commit": "0123456789"}, "rows": [before]}))
+    baseline = Baseline(path)
+    assert baseline.holds(case_of(square), "float32")
+    assert not baseline.holds(case_of(square), "float64")
+    slow = before | {"speedup": 1.4, "percent_of_limit": 30.0}
+    (line,) = baseline.regressions(lambda: [slow])
+    assert line == (
+        "square 100 float32 fwd: native/dlops 2.00 at 01234567, now 1.40; "
+        "50 % of the limit, now 30 %"
+    )
+    assert not baseline.regressions(lambda: [before | {"speedup": 1.4}])
+    assert not baseline.regressions(lambda: [before | {"percent_of_limit": 30.0}])
+    runs = iter([[slow], [before]])
+    assert not baseline.regressions(lambda: next(runs))
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x * x + 1e-3, WrongGradient.apply])

@@ -1,0 +1,50 @@
+"""``make bench-check``: a short run against committed results, naming what has become slower."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from .harness import Case
+from .report import PASSES, Row
+
+# A case is slower where both native's time over dlops' and the percent of the machine's limit are
+# below this part of what they were: the first allows for another machine, the second for native's
+# own changes, and the margin for noise.
+MARGIN = 0.75
+MEASURES = ("speedup", "percent_of_limit")
+
+
+def key(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("op", "case", "layout", "dtype", "pass"))
+
+
+class Baseline:
+    """Committed results, by case."""
+
+    def __init__(self, path: Path) -> None:
+        results = json.loads(path.read_text())
+        self.rows = {key(row): row for row in results["rows"]}
+        self.commit = results["context"]["commit"]
+
+    def holds(self, case: Case, dtype: str) -> bool:
+        return (case.op, case.name, case.layout, dtype, "forward") in self.rows
+
+    def slower(self, rows: Sequence[Row]) -> Iterator[str]:
+        """A line for each row that is slower than it was."""
+        for row in rows:
+            before = self.rows.get(key(row))
+            if before and all(row[name] < MARGIN * before[name] for name in MEASURES):
+                yield self._line(row, before)
+
+    def _line(self, row: Row, before: Row) -> str:
+        words = (row["op"], row["case"], row["layout"], row["dtype"], PASSES[row["pass"]])
+        return (
+            f"{' '.join(filter(None, words))}: native/dlops {before['speedup']:.2f} at "
+            f"{self.commit[:8]}, now {row['speedup']:.2f}; {before['percent_of_limit']:.0f} % of "
+            f"the limit, now {row['percent_of_limit']:.0f} %"
+        )
+
+    def regressions(self, once: Callable[[], Sequence[Row]]) -> list[str]:
+        """What a case is slower in, twice in a row."""
+        found = list(self.slower(once()))
+        return list(self.slower(once())) if found else []
