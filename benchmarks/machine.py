@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def context(device: torch.device) -> dict[str, Any]:
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    # The results of one benchmark do not change what the next one measures.
+    apart = (".", ":(exclude)benchmarks/results")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *apart)
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
