@@ -1,7 +1,7 @@
 """``make bench-check``: a short run against committed results, naming what has become slower."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .harness import Case
@@ -25,16 +25,19 @@ class Baseline:
         results = json.loads(path.read_text())
         self.rows = {key(row): row for row in results["rows"]}
         self.commit = results["context"]["commit"]
+        self.threads = results["context"]["threads"]
 
     def holds(self, case: Case, dtype: str) -> bool:
         return (case.op, case.name, case.layout, dtype, "forward") in self.rows
 
-    def slower(self, rows: Sequence[Row]) -> Iterator[str]:
+    def slower(self, rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
         """A line for each row that is slower than it was."""
+        found = {}
         for row in rows:
             before = self.rows.get(key(row))
             if before and all(row[name] < MARGIN * before[name] for name in MEASURES):
-                yield self._line(row, before)
+                found[key(row)] = self._line(row, before)
+        return found
 
     def _line(self, row: Row, before: Row) -> str:
         words = (row["op"], row["case"], row["layout"], row["dtype"], PASSES[row["pass"]])
@@ -45,6 +48,7 @@ class Baseline:
         )
 
     def regressions(self, once: Callable[[], Sequence[Row]]) -> list[str]:
-        """What a case is slower in, twice in a row."""
-        found = list(self.slower(once()))
-        return list(self.slower(once())) if found else []
+        """A line for each pass of a case that is slower twice in a row."""
+        first = self.slower(once())
+        again = self.slower(once()) if first else {}
+        return [line for row, line in again.items() if row in first]

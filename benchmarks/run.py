@@ -80,15 +80,20 @@ def check_against(
     baseline: Baseline, options: argparse.Namespace, device: torch.device, limits: Limits
 ) -> int:
     options.no_compile = True
-    lines, count = [], 0
+    torch.set_num_threads(options.threads or baseline.threads)
+    count = bad = 0
     for dtype in options.dtype:
         for case in filter(lambda case: baseline.holds(case, dtype), select(options)):
             once = partial(measure, case, device, getattr(torch, dtype), limits, Budget(0.1, 5))
-            lines += baseline.regressions(once)
+            try:
+                lines = [f"SLOWER {line}" for line in baseline.regressions(once)]
+            except Disagreement as error:
+                lines = [f"DISAGREES {case.op} {case.name} {case.layout} {dtype}: {error}"]
+            print(*lines, sep="\n", end="\n" if lines else "", flush=True)
             count += 1
-    print(*(f"SLOWER {line}" for line in lines), sep="\n", end="")
-    print(f"\n{count} cases, {len(lines)} slower than at {baseline.commit[:8]}")
-    return 1 if lines or not count else 0
+            bad += len(lines)
+    print(f"{count} cases, {bad} slower than at {baseline.commit[:8]}, or wrong")
+    return 1 if bad or not count else 0
 
 
 def prepare(device: torch.device, options: argparse.Namespace) -> None:

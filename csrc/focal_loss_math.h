@@ -21,8 +21,6 @@ struct ScalarMath {
   using V = T;
   using Scalar = T;
   static DLOPS_HOST_DEVICE T exp(T x) { return std::exp(x); }
-  static DLOPS_HOST_DEVICE T expm1(T x) { return std::expm1(x); }
-  static DLOPS_HOST_DEVICE T log(T x) { return std::log(x); }
   static DLOPS_HOST_DEVICE T log1p(T x) { return std::log1p(x); }
   // 1 / (1 + x) and log(1 + x) for x in [0, 1]
   static DLOPS_HOST_DEVICE void inverse_and_log(T x, T& inverse, T& log) {
@@ -81,7 +79,7 @@ struct SigmoidFocal {
   DLOPS_HOST_DEVICE V loss() const { return power * cross_entropy; }
   // d loss / dz
   DLOPS_HOST_DEVICE V first() const {
-    return power * (q + V(gamma) * finite<M>(cross_entropy) * p);
+    return power * (q + V(gamma) * (finite<M>(cross_entropy) * p));
   }
   // d^2 loss / dz^2
   DLOPS_HOST_DEVICE V second() const {

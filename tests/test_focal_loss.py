@@ -208,12 +208,33 @@ def test_masked_classes(gamma: float) -> None:
     assert (with_mask["gradient 0"][:, 4] == 0).all()
 
 
+@pytest.mark.layout
+@parametrize("classes", [3, 40])
+@parametrize("dtype", TOLERANCES)
+def test_channels_last_3d(dtype: torch.dtype, classes: int) -> None:
+    """As contiguous volumes."""
+    logits = normal((2, classes, 3, 4, 5), 1).to(dtype)
+    target = torch.arange(120).view(2, 3, 4, 5) % classes
+    volume = logits.contiguous(memory_format=torch.channels_last_3d)
+    plain, ours = (
+        values_and_gradients(partial(F.focal_loss, target=target, reduction="none"), [x])
+        for x in (logits, volume)
+    )
+    for name, result in ours.items():
+        torch.testing.assert_close(result, plain[name], msg=name)
+
+
 @pytest.mark.special
 @parametrize("reduction", REDUCTIONS)
+@parametrize("classes", [3, 40])
+@parametrize("dtype", TOLERANCES)
 @parametrize("special", [float("nan"), float("inf"), -float("inf")])
-def test_special_logits_as_in_native(special: float, reduction: str) -> None:
-    logits, target = normal((4, 3), 1), torch.tensor([0, 1, 2, 1])
-    logits[1, 1] = special
+@parametrize("where", ["target", "other", "row"])
+def test_special_logits_as_in_native(
+    where: str, special: float, dtype: torch.dtype, classes: int, reduction: str
+) -> None:
+    logits, target = normal((4, classes), 1).to(dtype), torch.tensor([0, 1, 2, 1])
+    logits[1, {"target": slice(1, 2), "other": slice(2, 3), "row": slice(None)}[where]] = special
     ours = F.focal_loss(logits, target, gamma=0.0, reduction=reduction)
     theirs = native.cross_entropy(logits, target, reduction=reduction)
     torch.testing.assert_close(ours, theirs, equal_nan=True)

@@ -86,8 +86,7 @@ def cases() -> dict[str, Build]:
         "fold": fold,
         "sigmoid_focal_loss": sigmoid_focal_loss,
         "focal_loss 8192x100": focal_loss(8192, 100),
-        # Tiles hold 16 rows of every class; up to here they fit, however few the rows.
-        "focal_loss 1x32000": focal_loss(1, 32000),
+        "focal_loss 1x128000": focal_loss(1, 128_000),
         "focal_loss 64x100000": focal_loss(64, 100_000),
     }
     for dtype in (torch.float32, torch.bfloat16):
@@ -99,6 +98,8 @@ def cases() -> dict[str, Build]:
                 f"conv2d 1x1 {where}": conv((4, 64, 28, 28), (128, 64, 1, 1)),
                 f"conv2d 1x1 to 2048 {where}": conv((2, 64, 40, 40), (2048, 64, 1, 1)),
                 f"conv2d first {where}": conv((8, 3, 64, 64), (32, 3, 5, 5), padding=2),
+                f"conv2d strided {where}": conv((8, 8, 224, 224), (16, 8, 2, 2), stride=32),
+                f"conv2d heavy {where}": conv((2, 512, 5, 5), (512, 512, 3, 3), padding=1),
                 f"conv2d grouped {where}": conv(
                     (8, 64, 28, 28), (64, 16, 3, 3), padding=1, groups=4
                 ),

@@ -104,6 +104,9 @@ bool few_channels(const Conv2dGeometry& g) {
   return g.channels_per_group() <= kFewChannels && g.R * g.S > 1;
 }
 
+// What the planes under a panel may take, in elements.
+constexpr int64_t kTurnedElements = 128 * 1024;
+
 // Groups with few channels make thin matrices in channels_last: those run contiguous.
 at::MemoryFormat compute_format(const Conv2dGeometry& g, at::MemoryFormat format) {
   const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
@@ -342,7 +345,7 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
   const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
   const int64_t panel = channels.size * cells * pixels.max_pixels();
   const int64_t flipped = Og * pixels.max_pixels();
-  const int64_t planes = last == images_last ? 0 : panels.part_size(pixels, {0, channels.size});
+  const int64_t planes = last == images_last ? 0 : panels.part_size(pixels, channels.size);
   const int64_t work = g.N * g.output_pixels() / chunks * channels.size * cells * Og;
   at::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
     Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(flipped) +
@@ -429,7 +432,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
-          if (by_rows) {
+          // Large strides leave most of the rows that would be turned round unread.
+          const int64_t turned = Panels<scalar_t, false>{g}.part_size(
+              PixelBlocks(g, pixels_per_panel(g)), g.channels_per_group());
+          if (by_rows && turned <= kTurnedElements) {
             grad_weight<scalar_t, false, true>(g, dense_grad, dense_input, result);
           } else {
             grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);

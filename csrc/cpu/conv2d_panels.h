@@ -142,13 +142,13 @@ struct Panels {
     part.g.pad_top = g.pad_top + h0 - y0 * g.stride_h;
     return part;
   }
-  int64_t part_size(const PixelBlocks& pixels, Interval c) const {
-    int64_t size = 0;
-    for (int64_t i = 0; i < pixels.count(); ++i) {
-      const Conv2dGeometry part = part_under(pixels[i], c).g;
-      size = std::max(size, part.N * part.C * part.H * part.W);
-    }
-    return size;
+  // The most that a part takes of `channels` channels, in elements.
+  int64_t part_size(const PixelBlocks& pixels, int64_t channels) const {
+    const int64_t images = ceil_div(pixels.max_pixels(), g.output_pixels());
+    const int64_t steps = ceil_div(pixels.max_pixels(), g.OW);  // from its first row to its last
+    const bool whole = images > 1 || g.stride_h >= g.H;
+    const int64_t rows = whole ? g.H : steps * g.stride_h + (g.R - 1) * g.dilation_h + 1;
+    return images * channels * std::min(g.H, rows) * g.W;
   }
   // K x P columns as above, of channels_last images, by way of contiguous planes of that part.
   Matrix<sum_t> columns_of_last(const scalar_t* input, int64_t group, Interval c, Interval q,

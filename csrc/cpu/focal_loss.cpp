@@ -78,7 +78,7 @@ struct Call {
   }
   bool reduced() const { return reduction != at::Reduction::None; }
   bool class_is_innermost() const {
-    return shape.inner == 1 || format == at::MemoryFormat::ChannelsLast;
+    return shape.inner == 1 || format != at::MemoryFormat::Contiguous;
   }
   bool wide() const { return class_is_innermost() && shape.classes >= kWideClasses; }
   // Rows that one task works on: about 16 K elements, whole vectors of rows where there are more.

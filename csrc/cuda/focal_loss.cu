@@ -249,7 +249,7 @@ struct Call {
     return asked ? at::empty_like(input) : at::empty({0}, input.options());
   }
   bool reduced() const { return reduction != at::Reduction::None; }
-  int64_t stride() const { return format == at::MemoryFormat::ChannelsLast ? 1 : shape.inner; }
+  int64_t stride() const { return format == at::MemoryFormat::Contiguous ? shape.inner : 1; }
   at::TensorOptions sum_options() const {
     return input.options().dtype(at::toOpMathType(input.scalar_type()));
   }

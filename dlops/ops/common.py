@@ -97,7 +97,8 @@ def traced() -> bool:
 
 
 def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
-    """Runs an op: eagerly through its autograd.Function, traced through the registered op.
+    """Runs an op: traced through the registered op, else through its autograd.Function, or its
+    kernel alone where nothing is differentiable.
 
     ``torch.compile`` cannot trace a Function that defines ``jvp``, nor can ``torch.jit.save`` write
     one; the op's backward is registered from the same code, so both have the same derivatives.
@@ -137,7 +138,7 @@ def has_tangent(tensor: Tensor) -> bool:
 
 def eager(function: Any) -> Any:
     """The same Function without ``setup_context``, which transforms need: with it, every call looks
-    up the signature of ``forward`` and takes four times as long."""
+    up the signature of ``forward``, which takes longer than a small kernel."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = function.forward(*args)

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import (
-    call,
-    empty_images,
-    register,
-    run,
-)
+from dlops.ops.common import call, empty_images, register, run
 from dlops.ops.shapes import (
     COMPLEX,
     FLOATING,

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import (
-    call,
-    register,
-    run,
-)
+from dlops.ops.common import call, register, run
 from dlops.ops.shapes import FLOATING, check_dtype, fold_channels, unfold_size
 
 ops = torch.ops.dlops

@@ -52,15 +52,6 @@ struct WideRows {
   Softmax<M> softmax() const { return {max, others, args.gamma}; }
 };
 
-// f(c, how many) for vectors of classes.
-template <class V, class F>
-void for_each_vector(int64_t classes, const F& f) {
-  constexpr int64_t lanes = V::size();
-  int64_t c = 0;
-  for (; c + lanes <= classes; c += lanes) f(c, lanes);
-  if (c < classes) f(c, classes - c);
-}
-
 // `values` in the first lanes, `rest` in the others.
 template <class V>
 V first_lanes(V values, int64_t some, V rest) {
@@ -77,6 +68,12 @@ C10_ALWAYS_INLINE void for_each_in_chains(int64_t begin, int64_t end, const F& f
       for (int64_t i = 0; i < chains; ++i) f(i, c + i * lanes, lanes);
   for (; c + lanes <= end; c += lanes) f(0, c, lanes);
   if (c < end) f(0, c, end - c);
+}
+
+// f(c, how many) likewise, in order.
+template <class V, class F>
+void for_each_vector(int64_t classes, const F& f) {
+  for_each_in_chains<V, 1>(0, classes, [&](int64_t, int64_t c, int64_t some) { f(c, some); });
 }
 
 template <class M, int chains, class scalar_t>

@@ -129,7 +129,7 @@ double sum(const T* values, int64_t count) {
 }
 
 template <class T, class scalar_t>
-void store(const T* values, int64_t count, scalar_t* to) {
+void store_row(const T* values, int64_t count, scalar_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<scalar_t>(values[i]);
 }
 
@@ -156,7 +156,7 @@ double sigmoid_focal_loss_range(const SigmoidFocalArgs<scalar_t>& args, int64_t 
   double total = 0;
   for_each_tile(args, begin, end, [&](auto& tile) {
     derivative<Order::value>(tile);
-    if (loss != nullptr) store(tile.result, tile.count, loss + tile.begin);
+    if (loss != nullptr) store_row(tile.result, tile.count, loss + tile.begin);
     total += sum(tile.result, tile.count);
   });
   return total;
@@ -170,7 +170,7 @@ void sigmoid_focal_loss_vjp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
     if (grad_inputs != nullptr) {
       derivative<Order::first>(tile);
       scale(tile.result, tile.begin, tile.count, grad);
-      store(tile.result, tile.count, grad_inputs + tile.begin);
+      store_row(tile.result, tile.count, grad_inputs + tile.begin);
     }
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i)
@@ -197,7 +197,7 @@ double sigmoid_focal_loss_jvp_range(const SigmoidFocalArgs<scalar_t>& args, int6
         tile.result[i] += static_cast<T>(tile.general(i).t *
                                          static_cast<double>(tangent_targets[tile.begin + i]));
     }
-    if (tangent != nullptr) store(tile.result, tile.count, tangent + tile.begin);
+    if (tangent != nullptr) store_row(tile.result, tile.count, tangent + tile.begin);
     total += sum(tile.result, tile.count);
   });
   return total;
@@ -226,7 +226,7 @@ void sigmoid_focal_loss_hvp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
               static_cast<T>(tile.general(i).xt * tangent(tangent_targets, tile.begin + i));
       }
       scale(tile.result, tile.begin, tile.count, grad);
-      store(tile.result, tile.count, grad_inputs + tile.begin);
+      store_row(tile.result, tile.count, grad_inputs + tile.begin);
     }
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i) {

@@ -16,11 +16,10 @@ struct VecMath {
   using V = at::vec::Vectorized<T>;
   using Scalar = T;
   static V exp(V x) { return x.exp_u20(); }  // what native softmax uses
-  static V expm1(V x) { return x.expm1(); }
-  static V log(V x) { return x.log(); }
-  static V log1p(V x) {  // for x >= 0
+  static V log1p(V x) {                      // for x >= 0
     if constexpr (std::is_same_v<T, float>) {
-      // 1 + x = 2^k m with m from 2/3 to 4/3; where k is 0, m - 1 is x itself.
+      // 1 + x = 2^k m with m from 2/3 to 4/3; where k is 0, m - 1 is x itself. The bits of what is
+      // not finite are no number: x - x makes it NaN.
       int32_t bits[V::size()];
       float k[V::size()];
       (x + V(1)).store(bits);
@@ -31,7 +30,8 @@ struct VecMath {
       }
       const V power = V::loadu(k), m = V::loadu(bits);
       const V f = select(eq(power, V(0)), x, m - V(1));
-      return power * V(0.693145752f) + (log_of_ratio(f / (V(2) + f)) + power * V(1.42860677e-6f));
+      return power * V(0.693145752f) + (log_of_ratio(f / (V(2) + f)) + power * V(1.42860677e-6f)) +
+             (x - x);
     } else {
       return x.log1p();
     }
