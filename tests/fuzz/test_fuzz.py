@@ -200,8 +200,8 @@ def check_agrees(ours: dict[str, Tensor], theirs: dict[str, Tensor], op: str, ca
 
 
 def known_powers(call: Call) -> Tensor:
-    """Where the formula in float64 can measure float64: it knows roots of a small 1 - p_t to some of
-    their digits only."""
+    """Where the formula in float64 can measure float64: it knows a small 1 - p_t and its roots to
+    some of their digits only."""
     tensors = call.tensors()
     logits, targets = tensors["inputs"], tensors["targets"]
     assert logits is not None
