@@ -342,7 +342,6 @@ LARGE_FOCAL = [
     FocalCase("1000_classes", (33, 1000)),
     FocalCase("1_class_100_rows", (100, 1)),
     FocalCase("wide_row", (1003,)),
-    FocalCase("20001_classes", (2, 20001)),
     FocalCase("large_image", (3, 19, 17, 23)),
 ]
 

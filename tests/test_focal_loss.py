@@ -208,6 +208,17 @@ def test_masked_classes(gamma: float) -> None:
     assert (with_mask["gradient 0"][:, 4] == 0).all()
 
 
+@pytest.mark.native
+@variants
+@parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_classes_than_a_sum_has_in_one_part(dtype: torch.dtype, variant: Variant) -> None:
+    """In float64 the measure itself, a sum of so many terms, is no better than ours."""
+    case = FocalCase("20001_classes", (2, 20001))
+    ours = variant.bind(F.focal_loss, case, dtype, gamma=0.0, reduction="sum")
+    theirs = variant.bind(native.cross_entropy, case, dtype, reduction="sum")
+    check_against_native(ours, theirs, [case.logits(), variant.target(case)], dtype)
+
+
 @pytest.mark.layout
 @parametrize("classes", [3, 40])
 @parametrize("dtype", TOLERANCES)
