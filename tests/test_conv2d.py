@@ -62,6 +62,25 @@ def test_exact_on_small_integers(case: Conv2dCase, dtype: torch.dtype) -> None:
     check_exact(*both(case), case.tensors(small_integers), dtype)
 
 
+@pytest.mark.special
+@parametrize("channels", [2, 9])
+@parametrize("layout", ["contiguous", "channels_last"])
+def test_strides_far_past_the_image(layout: str, channels: int) -> None:
+    """However far the windows beside the image lie, the one that meets it gives the same; native
+    allocates all that lies between."""
+    image = LAYOUTS[layout](normal((1, channels, 5, 5), 1).float())
+    weight = normal((3, channels, 2, 2), 2).float()
+
+    def results(step: int) -> dict[str, Tensor]:
+        conv = partial(F.conv2d, stride=step, padding=step)
+        return values_and_gradients(lambda x, w: conv(x, w), [image, weight])
+
+    near = results(8)
+    for step in (2**20, 2**31, 2**40):
+        for name, result in results(step).items():
+            torch.testing.assert_close(result, near[name], msg=f"{name}, stride {step}")
+
+
 @pytest.mark.gradcheck
 @parametrize("case", SMALL_CONV2D, ids=ids)
 def test_gradcheck(case: Conv2dCase) -> None:

@@ -317,11 +317,16 @@ bool takes_strips(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryForma
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
   constexpr int64_t kThin = 8, kLargePlane = 64;
   const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < kThin;
+  // Strides far past the image would make strips of padding.
+  const auto compact = [](int64_t outputs, int64_t size, int64_t stride) {
+    return outputs <= 1 || stride / 4 <= (size + 64) / (outputs - 1);
+  };
   // Contiguous planes that are read as they are need not be turned round.
   const bool planes = format == at::MemoryFormat::Contiguous && g.R == 1 && g.S == 1 &&
                       g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 && g.pad_left == 0 &&
                       g.OH == g.H && g.OW == g.W && g.output_pixels() >= kLargePlane;
-  return floating && !thin && !planes;
+  return floating && !thin && !planes && compact(g.OH, g.H, g.stride_h) &&
+         compact(g.OW, g.W, g.stride_w);
 }
 
 void strips_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
