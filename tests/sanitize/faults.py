@@ -25,9 +25,9 @@ def overflow() -> None:
 
 
 def misaligned() -> None:
-    """Floats that begin in the middle of one."""
-    image = torch.frombuffer(bytearray(4 * 64 * 64 + 4), dtype=torch.float32, offset=2, count=4096)
-    F.sigmoid_focal_loss(image, image)
+    """Classes that begin in the middle of one."""
+    target = torch.frombuffer(bytearray(8 * 64 + 8), dtype=torch.int64, offset=4, count=64)
+    F.focal_loss(torch.zeros(64, 3), target)
 
 
 def race() -> None:
