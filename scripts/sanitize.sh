@@ -33,8 +33,9 @@ sanitized() {
     address) preload=("$(library libasan.so)" "$(library libubsan.so)" "${preload[@]}") ;;
     thread) preload=("$(library libtsan.so)" "${preload[@]}") ;;
   esac
-  # Addresses are not laid out at random: ThreadSanitizer's own must stay free.
-  PYTHONPATH=$(echo "$root/build/sanitize/$name"/lib*):$root/tests \
+  # Addresses are not laid out at random: ThreadSanitizer's own must stay free. Without the safe path
+  # `python -m pytest` would import dlops from this folder, whose build is the usual one.
+  PYTHONSAFEPATH=1 PYTHONPATH=$(echo "$root/build/sanitize/$name"/lib*):$root/tests \
     LD_PRELOAD="${preload[*]}" \
     ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:allocator_may_return_null=1:print_warnings=0 \
     UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -55,6 +56,7 @@ must_be_found() { # name, what the report says, command
 pytest() { # name, arguments
   local name=$1
   shift
+  sanitized "$name" "$python" -m pytest -q -p no:cacheprovider --no-header tests/sanitize/loaded.py
   sanitized "$name" "$python" -m pytest -q -p no:cacheprovider --no-header "$@"
 }
 
