@@ -62,6 +62,21 @@ def test_exact_on_small_integers(case: Conv2dCase, dtype: torch.dtype) -> None:
     check_exact(*both(case), case.tensors(small_integers), dtype)
 
 
+@pytest.mark.exact
+@parametrize("channels, groups", [(8, 8), (8, 2), (2, 1), (16, 1)], ids=str)
+@parametrize("layout", ["contiguous", "channels_last"])
+def test_bias_far_above_its_terms(layout: str, channels: int, groups: int) -> None:
+    """Terms are rounded at the size of their own sum, a kernel row's at least, and not of the
+    bias: added to it one by one, each of these would vanish."""
+    bias, term = 2.0**24, 0.5
+    image = LAYOUTS[layout](torch.full((2, channels, 9, 9), term))
+    weight = torch.ones(8, channels // groups, 5, 5)
+    output = F.conv2d(image, weight, torch.full((8,), bias), groups=groups)
+    exact = bias + weight[0].numel() * term
+    half_a_unit, kernel_rows = 1, 5
+    assert (output.double() - exact).abs().max() <= half_a_unit * kernel_rows
+
+
 @pytest.mark.special
 @parametrize("channels", [2, 9])
 @parametrize("layout", ["contiguous", "channels_last"])

@@ -19,10 +19,8 @@ void sum_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int6
   constexpr int64_t L = Vec<T>::size();
   const auto lanes = [&](int v) { return v + 1 < V ? L : tail; };
   Vec<T> sum[P][V];
-  for (int v = 0; v < V; ++v) {
-    const Vec<T> start = bias == nullptr ? Vec<T>(T(0)) : load<T>(bias + c + v * L, lanes(v));
-    for (int p = 0; p < P; ++p) sum[p][v] = start;
-  }
+  for (auto& pixel : sum)
+    for (auto& one : pixel) one = Vec<T>(T(0));
   for (int64_t r = 0; r < row.tap_count; ++r) {
     const scalar_t* from_row = from + row.taps[r].source * d.from_width * d.C + c;
     const T* weight_row = weight + row.taps[r].cell * d.S * d.C + c;
@@ -38,9 +36,12 @@ void sum_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int6
       }
     }
   }
+  Vec<T> last[V];  // The bias: sums that start from a large one round each term at its size.
+  for (int v = 0; v < V; ++v)
+    last[v] = bias == nullptr ? Vec<T>(T(0)) : load<T>(bias + c + v * L, lanes(v));
   for (int p = 0; p < P; ++p) {
     scalar_t* out = to + (row.first * d.to_width + run.first + (i + p) * run.step) * d.C + c;
-    for (int v = 0; v < V; ++v) store(sum[p][v], out + v * L, lanes(v));
+    for (int v = 0; v < V; ++v) store(sum[p][v] + last[v], out + v * L, lanes(v));
   }
 }
 

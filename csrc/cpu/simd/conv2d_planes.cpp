@@ -70,14 +70,15 @@ void scatter_row(const sum_t* from, image_t* to, int64_t step, int64_t count) {
   }
 }
 
-// J outputs at V vectors of pixels.
+// J outputs at V vectors of pixels. The bias comes last: sums that start from a large one would
+// round each of their terms at its size.
 template <int J, int V, class T>
 void stencil_block(const T* const* sources, int64_t terms, const T* weights, const T* bias,
                    int64_t i, T* out, int64_t ld) {
   constexpr int64_t L = Vec<T>::size();
   Vec<T> sum[J][V];
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) sum[j][v] = Vec<T>(bias == nullptr ? T(0) : bias[j]);
+  for (auto& row : sum)
+    for (auto& one : row) one = Vec<T>(T(0));
   for (int64_t t = 0; t < terms; ++t) {
     Vec<T> x[V];
     for (int v = 0; v < V; ++v) x[v] = Vec<T>::loadu(sources[t] + i + v * L);
@@ -86,8 +87,10 @@ void stencil_block(const T* const* sources, int64_t terms, const T* weights, con
       for (int v = 0; v < V; ++v) sum[j][v] = at::vec::fmadd(x[v], w, sum[j][v]);
     }
   }
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) sum[j][v].store(out + j * ld + i + v * L);
+  for (int j = 0; j < J; ++j) {
+    const Vec<T> last(bias == nullptr ? T(0) : bias[j]);
+    for (int v = 0; v < V; ++v) (sum[j][v] + last).store(out + j * ld + i + v * L);
+  }
 }
 
 // As many blocks of V vectors as there are, then narrower ones.
