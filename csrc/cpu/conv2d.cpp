@@ -22,6 +22,7 @@
 #include "common/conv2d_checks.h"
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_depthwise.h"
+#include "cpu/conv2d_pairs_weight.h"
 #include "cpu/conv2d_panels.h"
 #include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_strips.h"
@@ -425,6 +426,9 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   // Turning the gradient round may cost more than the columns do.
   const bool by_rows = few_channels(g) && (format == at::MemoryFormat::ChannelsLast ||
                                            g.column_rows() > 32 || g.outputs_per_group() < 64);
+  if (computed == format && takes_pairs(g, input.scalar_type()) &&
+      pairs_grad_weight(g, dense_grad, dense_input, result, format))
+    return result;
   if (computed == format && takes_strips(g, input.scalar_type(), format) && !by_rows) {
     strips_grad_weight(g, dense_grad, dense_input, result, format);
     return result;

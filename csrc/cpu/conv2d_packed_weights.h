@@ -1,13 +1,14 @@
 // The weights of a correlation in the order in which its products read them.
 #pragma once
 
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/capability.h"
 #include "cpu/conv2d_correlation.h"
@@ -18,10 +19,11 @@
 namespace dlops::cpu {
 
 // The weights as [group][block][tap][in channel][out channel of the block], in the type of the
-// sums.
-template <class scalar_t>
+// products' operands. Those of bfloat16 want the in channels, of which there is an even number, in
+// pairs: [in channel / 2][out channel][2].
+template <class scalar_t, class operand_t>
 class PackedWeights {
-  using sum_t = at::opmath_type<scalar_t>;
+  static constexpr bool kPairs = std::is_same_v<operand_t, c10::BFloat16>;
 
  public:
   PackedWeights(const Correlation& k, const at::Tensor& weight)
@@ -32,11 +34,11 @@ class PackedWeights {
     last_ = !dense.is_contiguous();
     from_ = dense.const_data_ptr<scalar_t>();
     tensor_ = at::empty({k.groups * k.blocks() * block_size()},
-                        at::TensorOptions(c10::CppTypeToScalarType<sum_t>::value));
-    to_ = tensor_.mutable_data_ptr<sum_t>();
+                        at::TensorOptions(c10::CppTypeToScalarType<operand_t>::value));
+    to_ = tensor_.mutable_data_ptr<operand_t>();
     pack();
   }
-  const sum_t* block(int64_t group, int64_t block) const {
+  const operand_t* block(int64_t group, int64_t block) const {
     return to_ + (group * k_.blocks() + block) * block_size();
   }
 
@@ -45,68 +47,85 @@ class PackedWeights {
   int64_t cells() const { return cells_; }
   int64_t block_size() const { return k_.taps * k_.in_channels * k_.block(); }
   int64_t place(int64_t cell) const { return k_.places[static_cast<size_t>(cell)]; }
-  sum_t* destination(int64_t group, int64_t block, int64_t cell, int64_t in) const {
+  operand_t* destination(int64_t group, int64_t block, int64_t cell, int64_t in) const {
     return to_ + (group * k_.blocks() + block) * block_size() +
            (place(cell) * k_.in_channels + in) * k_.block();
   }
 
+  // Whether rows of outputs go where they belong as they are read.
+  bool at_once() const { return !kPairs && (last_ || cells() == 1); }
+
   void pack() {
     const int64_t chunks = ceil_div(k_.in_channels, kChunk);
-    const int64_t tasks = k_.groups * k_.blocks() * chunks;
-    at::parallel_for(
-        0, tasks, grain(kChunk * cells() * k_.block()), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<sum_t>(kChunk * cells() * k_.block()));
-          sum_t* space = scratch.take<sum_t>(kChunk * cells() * k_.block());
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t block = task / chunks % k_.blocks(), group = task / chunks / k_.blocks();
-            const int64_t in = task % chunks * kChunk, out = block * k_.block();
-            const Interval ins{in, std::min(k_.in_channels, in + kChunk)};
-            const int64_t width = std::min(k_.block(), k_.out_channels - out);
-            if (k_.from_outputs) {
-              pack_by_inputs(group, block, ins, {out, out + width}, space);
-            } else {
-              pack_by_outputs(group, block, ins, {out, out + width}, space);
-            }
-          }
-        });
+    const int64_t tasks = k_.groups * k_.blocks() * chunks, size = kChunk * cells() * k_.block();
+    at::parallel_for(0, tasks, grain(size), [&](int64_t begin, int64_t end) {
+      Scratch scratch(Scratch::size<operand_t>(size));
+      operand_t* space = scratch.take<operand_t>(size);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t block = task / chunks % k_.blocks(), group = task / chunks / k_.blocks();
+        const int64_t in = task % chunks * kChunk, out = block * k_.block();
+        const Interval ins{in, std::min(k_.in_channels, in + kChunk)};
+        const int64_t width = std::min(k_.block(), k_.out_channels - out);
+        if (k_.from_outputs) {
+          pack_by_inputs(group, block, ins, {out, out + width}, space);
+        } else {
+          pack_by_outputs(group, block, ins, {out, out + width}, space);
+        }
+        if (!at_once()) place_rows(group, block, ins, width, space);
+      }
+    });
   }
 
-  // `out` are the weight's outputs, `in` its channels.
-  void pack_by_outputs(int64_t group, int64_t block, Interval in, Interval out, sum_t* space) {
-    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
+  // These two leave rows of outputs as [in][cell] in `space`, unless they place them at once. Here
+  // `out` are the weight's outputs, `in` its channels:
+  void pack_by_outputs(int64_t group, int64_t block, Interval in, Interval out, operand_t* space) {
+    const auto flip = DLOPS_SIMD(transpose, scalar_t, operand_t);
     const int64_t width = length(out), count = length(in), ld = C_ * cells();
     const scalar_t* outputs = from_ + (group * k_.out_channels + out.begin) * ld;
-    if (last_ || cells() == 1) {
-      for (int64_t cell = 0; cell < cells(); ++cell)
-        if (place(cell) >= 0)
-          flip(outputs + cell * C_ + in.begin, ld, width, count,
-               destination(group, block, cell, in.begin), k_.block());
+    if (!last_ && cells() > 1) {
+      flip(outputs + in.begin * cells(), ld, width, count * cells(), space, width);
       return;
     }
-    flip(outputs + in.begin * cells(), ld, width, count * cells(), space, width);
-    for (int64_t c = 0; c < count; ++c)
-      for (int64_t cell = 0; cell < cells(); ++cell)
-        if (place(cell) >= 0)
-          std::copy_n(space + (c * cells() + cell) * width, width,
-                      destination(group, block, cell, in.begin + c));
+    for (int64_t cell = 0; cell < cells(); ++cell) {
+      const scalar_t* from = outputs + cell * C_ + in.begin;
+      if (place(cell) < 0) continue;
+      if (at_once()) {
+        flip(from, ld, width, count, destination(group, block, cell, in.begin), k_.block());
+      } else {
+        flip(from, ld, width, count, space + cell * width, cells() * width);
+      }
+    }
   }
-
   // `out` are the weight's channels, `in` its outputs.
-  void pack_by_inputs(int64_t group, int64_t block, Interval in, Interval out, sum_t* space) {
-    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
-    const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
+  void pack_by_inputs(int64_t group, int64_t block, Interval in, Interval out, operand_t* space) {
+    const auto flip = DLOPS_SIMD(transpose, scalar_t, operand_t);
+    const auto convert = DLOPS_SIMD(convert_row, scalar_t, operand_t);
     const int64_t width = length(out);
-    for (int64_t o = in.begin; o < in.end; ++o) {
+    for (int64_t o = in.begin; o < in.end; ++o, space += cells() * width) {
       const scalar_t* output = from_ + (group * k_.in_channels + o) * C_ * cells();
-      const bool as_is = last_ || cells() == 1;
-      if (!as_is) flip(output + out.begin * cells(), cells(), width, cells(), space, width);
+      if (!last_ && cells() > 1) {
+        flip(output + out.begin * cells(), cells(), width, cells(), space, width);
+        continue;
+      }
       for (int64_t cell = 0; cell < cells(); ++cell) {
         if (place(cell) < 0) continue;
-        sum_t* to = destination(group, block, cell, o);
-        if (as_is) {
-          convert(output + cell * C_ + out.begin, to, width);
+        convert(output + cell * C_ + out.begin,
+                at_once() ? destination(group, block, cell, o) : space + cell * width, width);
+      }
+    }
+  }
+
+  void place_rows(int64_t group, int64_t block, Interval in, int64_t width,
+                  const operand_t* space) const {
+    for (int64_t i = in.begin; i < in.end; i += kPairs ? 2 : 1) {
+      for (int64_t cell = 0; cell < cells(); ++cell) {
+        if (place(cell) < 0) continue;
+        const operand_t* row = space + ((i - in.begin) * cells() + cell) * width;
+        operand_t* to = destination(group, block, cell, i);
+        if constexpr (kPairs) {
+          DLOPS_SIMD(pair_rows, operand_t)(row, row + cells() * width, to, width);
         } else {
-          std::copy_n(space + cell * width, width, to);
+          std::copy_n(row, width, to);
         }
       }
     }
@@ -117,7 +136,7 @@ class PackedWeights {
   bool last_;
   const scalar_t* from_;
   at::Tensor tensor_;
-  sum_t* to_;
+  operand_t* to_;
 };
 
 }  // namespace dlops::cpu

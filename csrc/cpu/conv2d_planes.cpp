@@ -293,12 +293,8 @@ void grad_weight(const Conv2dGeometry& g, const scalar_t* grad_output, const sca
 bool takes_planes(const Conv2dGeometry& g, at::ScalarType dtype) {
   const bool floating =
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-  // Wide strides make many small planes, and wide dilations many columns that are dropped.
-  const PlaneLayout layout(g);
-  const bool compact = g.stride_h <= 4 && g.stride_w <= 4 && layout.reach_w <= 2 * g.OW + 8 &&
-                       layout.reach_h <= 2 * g.OH + 8;
   const bool few = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
-  return floating && compact && few;
+  return floating && few && PlaneLayout(g).compact(g);
 }
 
 void planes_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,

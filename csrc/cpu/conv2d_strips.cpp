@@ -27,9 +27,10 @@ struct Strides {
 };
 
 // c[n, y, x, :] += a[n, y, x, :] b for a block of pixels, one product along a side of it.
-template <class sum_t>
+template <class operand_t, class sum_t>
 void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
-              const sum_t* a, Strides sa, const sum_t* b, int64_t ldb, sum_t* c, Strides sc) {
+              const operand_t* a, Strides sa, const operand_t* b, int64_t ldb, sum_t* c,
+              Strides sc) {
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
   if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);
   if (rows == 1 && sa.image == cols * sa.pixel && sc.image == cols * sc.pixel)
@@ -85,10 +86,12 @@ struct Cut {
   }
 };
 
-template <class scalar_t>
+template <class scalar_t, class operand_t>
 class Strips {
   using sum_t = at::opmath_type<scalar_t>;
-  static constexpr bool kSameType = std::is_same_v<scalar_t, sum_t>;
+  // Whether products take the source as it is, and leave the result as it is.
+  static constexpr bool kTakes = std::is_same_v<scalar_t, operand_t>;
+  static constexpr bool kLeaves = std::is_same_v<scalar_t, sum_t>;
 
  public:
   Strips(Correlation& k, const ImageView<scalar_t>& source, const at::Tensor& weight,
@@ -98,7 +101,7 @@ class Strips {
         weights_(k_, weight),
         bias_(bias),
         result_(result),
-        cut_(k_, kSameType ? 16 : 8) {  // low precision takes copies of them
+        cut_(k_, kLeaves ? 16 : 8) {  // low precision takes copies of them
     if (!k_.unfolded.empty())
       unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1]);
   }
@@ -107,26 +110,28 @@ class Strips {
     const int64_t images = ceil_div(k_.images, cut_.images), strips = ceil_div(k_.H_out, cut_.rows);
     const int64_t splits = ceil_div(k_.blocks(), cut_.blocks);
     const int64_t work = cut_.images * cut_.rows * k_.W_out * k_.taps * k_.in_channels;
-    at::parallel_for(
-        0, k_.groups * images * strips * splits, grain(work), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<sum_t>(source_size()) + Scratch::size<sum_t>(space_size()) +
-                          Scratch::size<sum_t>(result_size()));
-          sum_t* source = scratch.take<sum_t>(source_size());
-          sum_t* space = scratch.take<sum_t>(space_size());
-          sum_t* result = scratch.take<sum_t>(result_size());
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t split = task % splits, strip = task / splits % strips;
-            const int64_t image = task / splits / strips % images;
-            const int64_t first = image * cut_.images, row = strip * cut_.rows;
-            Task t{task / splits / strips / images,
-                   {first, std::min(k_.images, first + cut_.images)},
-                   {row, std::min(k_.H_out, row + cut_.rows)}};
-            load(t, source, space);
-            for (int64_t block = split * cut_.blocks;
-                 block < std::min(k_.blocks(), (split + 1) * cut_.blocks); ++block)
-              compute(t, block, result);
-          }
-        });
+    at::parallel_for(0, k_.groups * images * strips * splits, grain(work),
+                     [&](int64_t begin, int64_t end) {
+                       Scratch scratch(Scratch::size<operand_t>(source_size()) +
+                                       Scratch::size<operand_t>(space_size()) +
+                                       Scratch::size<sum_t>(result_size()));
+                       operand_t* source = scratch.take<operand_t>(source_size());
+                       operand_t* space = scratch.take<operand_t>(space_size());
+                       sum_t* result = scratch.take<sum_t>(result_size());
+                       for (int64_t task = begin; task < end; ++task) {
+                         const int64_t split = task % splits, strip = task / splits % strips;
+                         const int64_t image = task / splits / strips % images;
+                         const int64_t first = image * cut_.images, row = strip * cut_.rows;
+                         Task t{task / splits / strips / images,
+                                {first, std::min(k_.images, first + cut_.images)},
+                                {row, std::min(k_.H_out, row + cut_.rows)}};
+                         load(t, source, space);
+                         for (int64_t block = split * cut_.blocks;
+                              block < std::min(k_.blocks(), (split + 1) * cut_.blocks); ++block)
+                           compute(t, block, result);
+                       }
+                       if (std::is_same_v<operand_t, at::BFloat16>) end_bfloat16_products();
+                     });
   }
 
  private:
@@ -135,7 +140,7 @@ class Strips {
     Interval images, rows;
     // The source: its first row, and where that stands.
     int64_t source_row = 0;
-    const sum_t* source = nullptr;
+    const operand_t* source = nullptr;
     Strides strides = {};
   };
 
@@ -144,10 +149,10 @@ class Strips {
     return k;
   }
   static bool reads_in_place(const Correlation& k, const ImageView<scalar_t>& source) {
-    return kSameType && source.last && k.unfolded.empty();
+    return kTakes && source.last && k.unfolded.empty();
   }
   bool reads_in_place() const { return reads_in_place(k_, source_); }
-  bool writes_in_place() const { return kSameType && source_.last; }
+  bool writes_in_place() const { return kLeaves && source_.last; }
   int64_t source_size() const {
     if (reads_in_place()) return 0;
     if (unfolder_) return cut_.images * unfolder_->size(cut_.rows);
@@ -185,11 +190,11 @@ class Strips {
   }
 
   // Reads the images where they are, or makes a channels_last copy of the strip.
-  void load(Task& task, sum_t* to, sum_t* space) const {
+  void load(Task& task, operand_t* to, operand_t* space) const {
     const Interval rows = source_interval(task.rows);
     const int64_t c0 = task.group * k_.in_channels;
     task.source_row = rows.begin;
-    if constexpr (kSameType) {
+    if constexpr (kTakes) {
       if (reads_in_place()) {
         const int64_t row = source_.W * source_.channels;
         task.source = source_.at(task.images.begin, c0, rows.begin, 0);
@@ -216,7 +221,7 @@ class Strips {
     const int64_t channels = k_.groups * k_.out_channels;
     sum_t* to = space;
     Strides strides{length(task.rows) * k_.W_out * width, k_.W_out * width, width};
-    if constexpr (kSameType) {
+    if constexpr (kLeaves) {
       if (writes_in_place()) {
         const int64_t row = k_.W_out * channels;
         to = result_ + (task.images.begin * k_.H_out + task.rows.begin) * row + o0;
@@ -224,7 +229,7 @@ class Strips {
       }
     }
     begin(task, bias_ == nullptr ? nullptr : bias_ + o0, width, to, strides);
-    const sum_t* weights = weights_.block(task.group, block);
+    const operand_t* weights = weights_.block(task.group, block);
     for (const Phase& phase : k_.phases) {
       const Interval y = phase_rows(phase, task.rows);
       sum_t* corner =
@@ -238,7 +243,7 @@ class Strips {
 
   // Adds what the kernel row of a tap gives to a phase's outputs.
   void add_row_tap(const Task& task, const Phase& phase, int64_t i, Interval rows,
-                   const sum_t* weights, int64_t width, sum_t* to, Strides strides) const {
+                   const operand_t* weights, int64_t width, sum_t* to, Strides strides) const {
     const int64_t step = phase.rows.step, offset = phase.rows.offset(i);
     const Interval y = intersect(rows, phase.rows.inside(i));
     if (length(y) == 0) return;
@@ -290,11 +295,11 @@ class Strips {
 
   const Correlation& k_;
   const ImageView<scalar_t> source_;
-  const PackedWeights<scalar_t> weights_;
+  const PackedWeights<scalar_t, operand_t> weights_;
   const sum_t* bias_;
   scalar_t* result_;
   const Cut cut_;
-  std::optional<Unfolder<scalar_t, sum_t>> unfolder_;
+  std::optional<Unfolder<scalar_t, operand_t>> unfolder_;
 };
 
 void correlate(Correlation k, const at::Tensor& source, const at::Tensor& weight,
@@ -304,9 +309,13 @@ void correlate(Correlation k, const at::Tensor& source, const at::Tensor& weight
     const ImageView<scalar_t> images{source.const_data_ptr<scalar_t>(), source.size(1),
                                      source.size(2), source.size(3),
                                      format == at::MemoryFormat::ChannelsLast};
-    Strips<scalar_t>(k, images, weight, bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr,
-                     result.mutable_data_ptr<scalar_t>())
-        .run();
+    const sum_t* sum_bias = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
+    scalar_t* data = result.mutable_data_ptr<scalar_t>();
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+      if (multiplies_bfloat16() && k.in_channels % 2 == 0)
+        return Strips<scalar_t, scalar_t>(k, images, weight, sum_bias, data).run();
+    }
+    Strips<scalar_t, sum_t>(k, images, weight, sum_bias, data).run();
   });
 }
 

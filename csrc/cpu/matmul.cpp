@@ -20,16 +20,20 @@ namespace {
 
 #if defined(CPUBLAS_BRGEMM_F32F32F32)
 // oneDNN has no query for it, so one small product is tried.
+template <class T>
+bool has_brgemm(bool in_pairs) {
+  T a[16] = {}, b[256] = {};
+  float c[16] = {};
+  try {
+    at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c, in_pairs);
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
 bool brgemm_works() {
-  static const bool works = [] {
-    float a[16] = {}, b[256] = {}, c[16] = {};
-    try {
-      at::native::cpublas::brgemm(1, 16, 16, 16, 16, 16, false, a, b, c, false);
-      return true;
-    } catch (const c10::Error&) {
-      return false;
-    }
-  }();
+  static const bool works = has_brgemm<float>(false);
   // Below AVX2, oneDNN has no such kernel and torch runs a BLAS product instead.
   return works && capability() != kBaseline && at::globalContext().userEnabledMkldnn();
 }
@@ -73,6 +77,37 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
     }
   }
 }
+
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32) && defined(__x86_64__)
+
+bool multiplies_bfloat16() {
+  // Without the instructions, oneDNN does it in float32 and is slower than its product of those.
+  static const bool works =
+      __builtin_cpu_supports("avx512bf16") && has_brgemm<c10::BFloat16>(/*in_pairs=*/true);
+  return works && capability() == kAvx512 && at::globalContext().userEnabledMkldnn();
+}
+
+void matmul(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
+            const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  for (int64_t k0 = 0; k0 < k; k0 += kPart)
+    at::native::cpublas::brgemm(m, n, std::min(kPart, k - k0), lda, ldb, ldc, accumulate || k0 > 0,
+                                a + k0, b + k0 * ldb, c, /*is_vnni=*/true);
+}
+
+void end_bfloat16_products() { at::native::cpublas::brgemm_release(); }
+
+#else
+
+bool multiplies_bfloat16() { return false; }
+
+void matmul(int64_t, int64_t, int64_t, const c10::BFloat16*, int64_t, const c10::BFloat16*, int64_t,
+            float*, int64_t, bool) {
+  TORCH_INTERNAL_ASSERT(false, "this build has no product of bfloat16");
+}
+
+void end_bfloat16_products() {}
+
+#endif
 
 #define DLOPS_INSTANTIATE(scalar_t)                                                   \
   template void matmul<scalar_t>(int64_t, int64_t, int64_t, const scalar_t*, int64_t, \

@@ -1,6 +1,8 @@
 // The matrix product that the convolution's panels go through.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace dlops::cpu {
@@ -15,5 +17,16 @@ namespace dlops::cpu {
 template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
             int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate);
+
+// Whether the machine multiplies bfloat16 numbers, with sums in float32: AVX512_BF16 or AMX. The
+// product below is for such machines only.
+bool multiplies_bfloat16();
+// As above, for an even k and a B whose rows stand in pairs: element (i, j) at b[i / 2][j][i % 2],
+// the pairs `ldb` pairs of numbers apart. A part of B that begins at an even row i begins at b + i
+// * ldb, as in a row-major matrix.
+void matmul(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
+            const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
+// To be called by a thread that has made such products: AMX has a state to give back.
+void end_bfloat16_products();
 
 }  // namespace dlops::cpu

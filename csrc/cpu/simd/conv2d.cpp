@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/simd/load_store.h"
 #include "cpu/simd/phased_rows.h"
 
 namespace dlops::cpu {
@@ -272,9 +273,24 @@ void scatter_columns_last(const Conv2dGeometry& g, const ColumnBlock& block,
   });
 }
 
+namespace {
+
+template <class from_t, class to_t>
+void convert_values(const from_t* from, to_t* to, int64_t count) {
+  if constexpr (!std::is_same_v<from_t, to_t>) {
+    constexpr int64_t L = at::vec::Vectorized<float>::size();
+    for (int64_t i = 0; i < count; i += L)
+      store<float>(load<float>(from + i, count - i), to + i, count - i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+  }
+}
+
+}  // namespace
+
 template <int capability, class from_t, class to_t>
 void convert_row(const from_t* from, to_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i]);
+  convert_values(from, to, count);
 }
 
 template <int capability, class from_t, class to_t>
@@ -287,6 +303,44 @@ void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int6
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i] + bias[i]);
 }
 
+template <class T>
+constexpr bool is_low = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>;
+
+#if DLOPS_CAPABILITY == 2
+namespace {
+
+// Of types of two bytes, or from or to such a type; at::vec turns at most 32 x 32 of them.
+template <class from_t, class to_t>
+void transpose_tiles(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
+                     int64_t to_ld) {
+  constexpr int64_t size = 32;
+  using low_t = std::conditional_t<is_low<from_t>, from_t, to_t>;
+  const auto turn = [](const low_t* a, int64_t a_ld, int64_t m, int64_t n, low_t* b, int64_t b_ld) {
+    at::vec::transpose_mxn<low_t>(a, a_ld, b, b_ld, static_cast<int>(m), static_cast<int>(n));
+  };
+  alignas(64) low_t tile[size * size];
+  for (int64_t i = 0; i < rows; i += size) {
+    const int64_t m = std::min(size, rows - i);
+    for (int64_t j = 0; j < cols; j += size) {
+      const int64_t n = std::min(size, cols - j);
+      const from_t* a = from + i * from_ld + j;
+      to_t* b = to + j * to_ld + i;
+      if constexpr (std::is_same_v<from_t, to_t>) {
+        turn(a, from_ld, m, n, b, to_ld);
+      } else if constexpr (is_low<to_t>) {
+        for (int64_t k = 0; k < m; ++k) convert_values(a + k * from_ld, tile + k * size, n);
+        turn(tile, size, m, n, b, to_ld);
+      } else {
+        turn(a, from_ld, m, n, tile, size);
+        for (int64_t k = 0; k < n; ++k) convert_values(tile + k * size, b + k * to_ld, m);
+      }
+    }
+  }
+}
+
+}  // namespace
+#endif
+
 template <int capability, class from_t, class to_t>
 void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
                int64_t to_ld) {
@@ -295,6 +349,10 @@ void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, 
                                  static_cast<int>(cols));
     return;
   }
+#if DLOPS_CAPABILITY == 2
+  if constexpr (is_low<from_t> || is_low<to_t>)
+    return transpose_tiles(from, from_ld, rows, cols, to, to_ld);
+#endif
   constexpr int64_t tile = 16;  // one cache line of float32 either way
   for (int64_t i0 = 0; i0 < rows; i0 += tile) {
     const int64_t i1 = std::min(rows, i0 + tile);
@@ -341,8 +399,11 @@ T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, 
 template <int capability, class T>
 bool all_finite(const T* values, int64_t count) {
   // On the bits, which the compiler may take in any order.
-  using bits_t = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  constexpr bits_t exponent = sizeof(T) == 4 ? bits_t(0x7f800000) : bits_t(0x7ff0000000000000);
+  using bits_t = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                    std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  constexpr auto exponent = static_cast<bits_t>(sizeof(T) == 2   ? 0x7f80
+                                                : sizeof(T) == 4 ? 0x7f800000
+                                                                 : 0x7ff0000000000000);
   bits_t found = 0;
   for (int64_t i = 0; i < count; ++i) {
     bits_t bits;
@@ -368,6 +429,23 @@ sum_t sum_row(const from_t* from, int64_t count) {
   sum_t sum(0);
   for (int64_t l = 0; l < lanes; ++l) sum += partial[l];
   return sum;
+}
+
+template <int capability, class T>
+void pair_rows(const T* even, const T* odd, T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    to[2 * i] = even[i];
+    to[2 * i + 1] = odd[i];
+  }
+}
+
+template <int capability, class T>
+void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols, T* to,
+                     int64_t to_ld) {
+  static_assert(2 * sizeof(T) == sizeof(float));  // which are moved, whatever they mean
+  at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from), from_ld,
+                                reinterpret_cast<float*>(to), to_ld, static_cast<int>(rows),
+                                static_cast<int>(cols));
 }
 
 #define DLOPS_INSTANTIATE_FILL(input_t, column_t)                                     \
@@ -408,12 +486,26 @@ sum_t sum_row(const from_t* from, int64_t count) {
   template void transpose<DLOPS_CAPABILITY, float, scalar_t>(const float*, int64_t, int64_t,      \
                                                              int64_t, scalar_t*, int64_t);
 
+template void convert_row<DLOPS_CAPABILITY, c10::BFloat16, c10::BFloat16>(const c10::BFloat16*,
+                                                                          c10::BFloat16*, int64_t);
+template void transpose<DLOPS_CAPABILITY, c10::BFloat16, c10::BFloat16>(const c10::BFloat16*,
+                                                                        int64_t, int64_t, int64_t,
+                                                                        c10::BFloat16*, int64_t);
+template void pair_rows<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, const c10::BFloat16*,
+                                                         c10::BFloat16*, int64_t);
+template void transpose_pairs<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t,
+                                                               int64_t, int64_t, c10::BFloat16*,
+                                                               int64_t);
+template bool all_finite<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, double>(const double*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, float>(const float*, int64_t);
 template double* copy_runs<DLOPS_CAPABILITY, double>(const double* const*, int64_t, int64_t,
                                                      int64_t, int64_t, double*);
 template float* copy_runs<DLOPS_CAPABILITY, float>(const float* const*, int64_t, int64_t, int64_t,
                                                    int64_t, float*);
+template c10::BFloat16* copy_runs<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16* const*,
+                                                                   int64_t, int64_t, int64_t,
+                                                                   int64_t, c10::BFloat16*);
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
 DLOPS_INSTANTIATE(c10::complex<double>)

@@ -25,7 +25,8 @@ Interval image_columns(const Conv2dGeometry& g, int64_t phase_w, int64_t pitch) 
 // the last one.
 template <class T>
 void zero(T* to, int64_t count) {
-  for (int64_t i = 0; i < count; i += Vec<T>::size()) Vec<T>(T(0)).store(to + i);
+  constexpr int64_t L = Vec<T>::size();
+  for (int64_t i = 0; i < count; i += L) Vec<T>(T(0)).store(to + i);
 }
 
 template <class T>
@@ -33,7 +34,7 @@ void copy_row(const T* from, T* to, int64_t count) {
   constexpr int64_t L = Vec<T>::size();
   int64_t i = 0;
   for (; i + L <= count; i += L) Vec<T>::loadu(from + i).store(to + i);
-  if (i < count) Vec<T>::loadu(from + i, count - i).store(to + i);
+  if (i < count) Vec<T>::loadu(from + i, static_cast<int16_t>(count - i)).store(to + i);
 }
 
 template <class image_t, class sum_t>
@@ -265,6 +266,7 @@ DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE_COPIES(double, double)
 DLOPS_INSTANTIATE_COPIES(float, float)
 DLOPS_INSTANTIATE_COPIES(c10::BFloat16, float)
+DLOPS_INSTANTIATE_COPIES(c10::BFloat16, c10::BFloat16)
 DLOPS_INSTANTIATE_COPIES(c10::Half, float)
 
 }  // namespace dlops::cpu

@@ -14,7 +14,7 @@
 namespace dlops::cpu {
 
 // Vectors read and write up to this many elements past the end of a plane.
-constexpr int64_t kPlaneSlack = 16;
+constexpr int64_t kPlaneSlack = 32;
 
 struct PlaneLayout {
   int64_t reach_h, reach_w;  // how far the window reaches within a phase plane
@@ -24,6 +24,10 @@ struct PlaneLayout {
       : reach_h((g.R - 1) * g.dilation_h / g.stride_h),
         reach_w((g.S - 1) * g.dilation_w / g.stride_w),
         pitch(g.OW + reach_w) {}
+  // Wide strides make many small planes, and wide dilations many columns that are dropped.
+  DLOPS_HOST_DEVICE bool compact(const Conv2dGeometry& g) const {
+    return g.stride_h <= 4 && g.stride_w <= 4 && reach_w <= 2 * g.OW + 8 && reach_h <= 2 * g.OH + 8;
+  }
   // Elements of one phase plane that serves `rows` output rows.
   DLOPS_HOST_DEVICE int64_t phase_size(int64_t rows) const { return (rows + reach_h) * pitch; }
   // Of all phase planes of a channel.
