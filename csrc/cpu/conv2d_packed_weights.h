@@ -14,6 +14,7 @@
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/grain.h"
+#include "cpu/matmul.h"
 #include "cpu/scratch.h"
 
 namespace dlops::cpu {
@@ -33,7 +34,7 @@ class PackedWeights {
       dense = dense.contiguous();
     last_ = !dense.is_contiguous();
     from_ = dense.const_data_ptr<scalar_t>();
-    tensor_ = at::empty({k.groups * k.blocks() * block_size()},
+    tensor_ = at::empty({k.groups * k.blocks() * block_size() + kPadding},
                         at::TensorOptions(c10::CppTypeToScalarType<operand_t>::value));
     to_ = tensor_.mutable_data_ptr<operand_t>();
     pack();

@@ -79,7 +79,6 @@ class PairedWeightGradient {
                  ++unit)
               if (finite && !add_unit(chunk, group, unit, some, space)) finite = false;
           }
-          end_bfloat16_products();
         });
     if (finite) finish(result.mutable_data_ptr<BFloat16>(), last);
     return finite;
@@ -114,7 +113,9 @@ class PairedWeightGradient {
   int64_t planes_size() const {
     return images_ * channels() * layout_.channel_size(g_, rows_) + kPlaneSlack;
   }
-  int64_t pairs_size() const { return images_ * pairs(rows_) * 2 * most_blocks() * kBlock; }
+  int64_t pairs_size() const {
+    return images_ * pairs(rows_) * 2 * most_blocks() * kBlock + kPadding;
+  }
   int64_t space_size() const {
     const int64_t input = (rows_ + layout_.reach_h) * g_.stride_h * g_.W * channels();
     const int64_t grad = kBlock * pairs(rows_) * 2 + layout_.pitch;

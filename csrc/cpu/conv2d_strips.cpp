@@ -31,6 +31,13 @@ template <class operand_t, class sum_t>
 void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
               const operand_t* a, Strides sa, const operand_t* b, int64_t ldb, sum_t* c,
               Strides sc) {
+  const auto add = [&](int64_t m, const operand_t* from, int64_t lda, sum_t* to, int64_t ldc) {
+    if constexpr (std::is_same_v<operand_t, sum_t>) {
+      matmul(m, width, depth, from, lda, b, ldb, to, ldc, true, /*padded=*/true);
+    } else {
+      matmul(m, width, depth, from, lda, b, ldb, to, ldc, true);
+    }
+  };
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
   if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);
   if (rows == 1 && sa.image == cols * sa.pixel && sc.image == cols * sc.pixel)
@@ -38,18 +45,16 @@ void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t
   if (cols >= kLong || cols >= std::max(rows, images)) {
     for (int64_t n = 0; n < images; ++n)
       for (int64_t y = 0; y < rows; ++y)
-        matmul(cols, width, depth, a + n * sa.image + y * sa.row, sa.pixel, b, ldb,
-               c + n * sc.image + y * sc.row, sc.pixel, true);
+        add(cols, a + n * sa.image + y * sa.row, sa.pixel, c + n * sc.image + y * sc.row, sc.pixel);
   } else if (rows >= std::min(kLong, images)) {
     for (int64_t n = 0; n < images; ++n)
       for (int64_t x = 0; x < cols; ++x)
-        matmul(rows, width, depth, a + n * sa.image + x * sa.pixel, sa.row, b, ldb,
-               c + n * sc.image + x * sc.pixel, sc.row, true);
+        add(rows, a + n * sa.image + x * sa.pixel, sa.row, c + n * sc.image + x * sc.pixel, sc.row);
   } else {
     for (int64_t y = 0; y < rows; ++y)
       for (int64_t x = 0; x < cols; ++x)
-        matmul(images, width, depth, a + y * sa.row + x * sa.pixel, sa.image, b, ldb,
-               c + y * sc.row + x * sc.pixel, sc.image, true);
+        add(images, a + y * sa.row + x * sa.pixel, sa.image, c + y * sc.row + x * sc.pixel,
+            sc.image);
   }
 }
 
@@ -130,7 +135,6 @@ class Strips {
                               block < std::min(k_.blocks(), (split + 1) * cut_.blocks); ++block)
                            compute(t, block, result);
                        }
-                       if (std::is_same_v<operand_t, at::BFloat16>) end_bfloat16_products();
                      });
   }
 

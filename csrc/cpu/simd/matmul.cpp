@@ -4,52 +4,179 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
+#include <utility>
+
+// The instructions that the product of bfloat16 needs, beyond those of its capability.
+#if DLOPS_CAPABILITY == 2
+#define DLOPS_TARGET __attribute__((target("avx512bf16")))
+#else
+#define DLOPS_TARGET
+#endif
 
 namespace dlops::cpu {
 namespace {
 
-// A tile of kRows x (kVectors vectors) sums stays in registers, of which AVX-512 has 32.
-constexpr int64_t kRows = DLOPS_CAPABILITY == 2 ? 8 : 4;
-constexpr int64_t kVectors = 3;
-// Terms that are summed in registers before they join C: their part of B stays in the L1 cache.
-constexpr int64_t kTerms = 128;
-
 template <class T>
 using Vec = at::vec::Vectorized<T>;
 
-// C += A B, or C = A B, for `rows` rows and `width` columns of C; B is packed, its rows
-// kVectors vectors apart and filled up with zeros.
-template <int64_t rows, class T>
-void tile(int64_t width, int64_t k, const T* a, int64_t lda, const T* b, T* c, int64_t ldc,
-          bool accumulate) {
-  using V = Vec<T>;
-  V sums[rows][kVectors];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < rows; ++i)
-#pragma GCC unroll 3
-    for (int64_t v = 0; v < kVectors; ++v) sums[i][v] = V(T(0));
-  for (int64_t term = 0; term < k; ++term) {
-    V factors[kVectors];
-#pragma GCC unroll 3
-    for (int64_t v = 0; v < kVectors; ++v)
-      factors[v] = V::loadu(b + (term * kVectors + v) * V::size());
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < rows; ++i) {
-      const V factor(a[i * lda + term]);
-#pragma GCC unroll 3
-      for (int64_t v = 0; v < kVectors; ++v)
-        sums[i][v] = at::vec::fmadd(factor, factors[v], sums[i][v]);
+// A tile of sums stays in registers, of which AVX-512 has 32 and others 16: at most so many vectors
+// of columns, and rows as long as there are registers.
+constexpr int kWidest = DLOPS_CAPABILITY == 2 ? 4 : 3;
+constexpr int kTallest = 12;
+constexpr int rows_of(int vectors) {
+  const int sums = DLOPS_CAPABILITY == 2 ? 24 : 12;
+  return std::min(kTallest, sums / vectors);
+}
+// Terms that are summed in registers before they join C: long chains of roundings cost accuracy.
+constexpr int64_t kTerms = 256;
+
+// The size of a part where `count` is cut into as few as possible, of at most `most` and about
+// the same size.
+int64_t even_part(int64_t count, int64_t most) {
+  const int64_t parts = (count + most - 1) / most;
+  return (count + parts - 1) / parts;
+}
+
+// What a register holds of A and B, of one term or of a pair of them.
+template <class T>
+struct Operand {
+  using sum_t = T;
+  using Register = Vec<T>;
+  static constexpr int64_t kStep = 1;
+  static Register spread(const T* a) { return Vec<T>(*a); }
+  static Register load(const T* b) { return Vec<T>::loadu(b); }
+  static Vec<T> add(Register a, Register b, Vec<T> sum) { return at::vec::fmadd(a, b, sum); }
+};
+
+#if DLOPS_CAPABILITY == 2
+template <>
+struct Operand<c10::BFloat16> {
+  using sum_t = float;
+  using Register = __m512i;
+  static constexpr int64_t kStep = 2;
+  static Register spread(const c10::BFloat16* a) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  static Register load(const c10::BFloat16* b) { return _mm512_loadu_si512(b); }
+  DLOPS_TARGET static Vec<float> add(Register a, Register b, Vec<float> sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+};
+#endif
+
+template <class T>
+struct Tile {
+  using sum_t = typename Operand<T>::sum_t;
+  int64_t width, terms;
+  const T *a, *b;
+  int64_t lda, ldb;
+  sum_t* c;
+  int64_t ldc;
+  bool accumulate;
+};
+
+// `rows` rows and t.width columns of C, which are `vectors` vectors. Reads all of these in B.
+template <int rows, int vectors, class T>
+DLOPS_TARGET void multiply(const Tile<T>& t) {
+  using O = Operand<T>;
+  using sum_t = typename O::sum_t;
+  using V = Vec<sum_t>;
+  V sums[rows][vectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sums[i][v] = V(sum_t(0));
+  const T *a = t.a, *b = t.b;
+  for (int64_t term = 0; term < t.terms; term += O::kStep, a += O::kStep, b += O::kStep * t.ldb) {
+    typename O::Register factors[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) factors[v] = O::load(b + O::kStep * v * V::size());
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      const typename O::Register factor = O::spread(a + i * t.lda);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sums[i][v] = O::add(factor, factors[v], sums[i][v]);
     }
   }
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < rows; ++i) {
-#pragma GCC unroll 3
-    for (int64_t v = 0; v < kVectors; ++v) {
-      const int64_t count = std::min<int64_t>(V::size(), width - v * V::size());
-      if (count <= 0) continue;
-      T* to = c + i * ldc + v * V::size();
-      (accumulate ? V::loadu(to, count) + sums[i][v] : sums[i][v])
-          .store(to, static_cast<int>(count));
+  const auto finish = [&](const auto& store) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) store(sums[i][v], t.c + i * t.ldc + v * V::size(), v);
+  };
+  const int64_t tail = t.width - (vectors - 1) * V::size();
+  if (tail < V::size()) {
+    finish([&](const V& sum, sum_t* to, int v) {
+      const int64_t count = v + 1 < vectors ? V::size() : tail;
+      (t.accumulate ? V::loadu(to, count) + sum : sum).store(to, static_cast<int>(count));
+    });
+  } else if (t.accumulate) {
+    finish([](const V& sum, sum_t* to, int) { (V::loadu(to) + sum).store(to); });
+  } else {
+    finish([](const V& sum, sum_t* to, int) { sum.store(to); });
+  }
+}
+
+template <class T>
+using Multiply = void (*)(const Tile<T>&);
+
+// multiply<rows, vectors>, for the sizes that there are registers for.
+template <class T>
+Multiply<T> multiply_of(int64_t rows, int64_t vectors) {
+  static constexpr auto table = []<int... v>(std::integer_sequence<int, v...>) {
+    return std::array{[]<int width, int... r>(std::integral_constant<int, width>,
+                                              std::integer_sequence<int, r...>) {
+      return std::array<Multiply<T>, kTallest>{&multiply<r + 1, width, T>...};
+    }(std::integral_constant<int, v + 1>{}, std::make_integer_sequence<int, rows_of(v + 1)>{})...};
+  }(std::make_integer_sequence<int, kWidest>{});
+  return table[static_cast<size_t>(vectors - 1)][static_cast<size_t>(rows - 1)];
+}
+
+// Rows of B side by side, filled up with zeros.
+template <class T>
+void pack(const Tile<T>& t, int64_t vectors, T* to) {
+  using V = Vec<T>;
+  const int64_t tail = t.width - (vectors - 1) * V::size();
+  for (int64_t term = 0; term < t.terms; ++term, to += vectors * V::size()) {
+    const T* from = t.b + term * t.ldb;
+    for (int64_t v = 0; v + 1 < vectors; ++v)
+      V::loadu(from + v * V::size()).store(to + v * V::size());
+    V::loadu(from + (vectors - 1) * V::size(), tail).store(to + (vectors - 1) * V::size());
+  }
+}
+
+// With `packed` as room for a tile of B: null where a vector may be read past a row of B.
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+             typename Operand<T>::sum_t* c, int64_t ldc, bool accumulate, T* packed) {
+  constexpr int64_t L = Vec<typename Operand<T>::sum_t>::size();
+  const int64_t columns = even_part((n + L - 1) / L, kWidest) * L;
+  const int64_t rows = even_part(m, rows_of(static_cast<int>(columns / L)));
+  // One round at least, so that an empty sum is written too.
+  for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kTerms) {
+    Tile<T> t{0,   std::min(kTerms, k - k0), nullptr, nullptr, lda, ldb, nullptr,
+              ldc, accumulate || k0 > 0};
+    for (int64_t j = 0; j < n; j += columns) {
+      t.width = std::min(columns, n - j);
+      const int64_t vectors = (t.width + L - 1) / L;
+      t.b = b + k0 * ldb + j * Operand<T>::kStep;
+      t.ldb = ldb;
+      if constexpr (Operand<T>::kStep == 1) {
+        if (packed != nullptr && t.width % L != 0) {
+          pack(t, vectors, packed);
+          t.b = packed;
+          t.ldb = vectors * L;
+        }
+      }
+      for (int64_t i = 0; i < m; i += rows) {
+        t.a = a + i * lda + k0;
+        t.c = c + i * ldc + j;
+        multiply_of<T>(std::min(rows, m - i), vectors)(t);
+      }
     }
   }
 }
@@ -58,33 +185,21 @@ void tile(int64_t width, int64_t k, const T* a, int64_t lda, const T* b, T* c, i
 
 template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
-                     int64_t ldb, T* c, int64_t ldc, bool accumulate) {
-  constexpr int64_t columns = kVectors * Vec<T>::size();
-  alignas(64) T packed[kTerms * columns];
-  // One round at least, so that an empty sum is written too.
-  for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kTerms) {
-    const int64_t terms = std::min(kTerms, k - k0);
-    const bool add = accumulate || k0 > 0;
-    for (int64_t j = 0; j < n; j += columns) {
-      const int64_t width = std::min(columns, n - j);
-      for (int64_t term = 0; term < terms; ++term) {
-        const T* from = b + (k0 + term) * ldb + j;
-        T* to = packed + term * columns;
-        std::copy_n(from, width, to);
-        std::fill(to + width, to + columns, T(0));
-      }
-      int64_t i = 0;
-      for (; i + kRows <= m; i += kRows)
-        tile<kRows>(width, terms, a + i * lda + k0, lda, packed, c + i * ldc + j, ldc, add);
-      for (; i < m; ++i)
-        tile<1>(width, terms, a + i * lda + k0, lda, packed, c + i * ldc + j, ldc, add);
-    }
-  }
+                     int64_t ldb, bool padded, T* c, int64_t ldc, bool accumulate) {
+  alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
+  product(m, n, k, a, lda, b, ldb, c, ldc, accumulate, padded ? nullptr : packed);
 }
+
+#if DLOPS_CAPABILITY == 2
+void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
+                     const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  product<c10::BFloat16>(m, n, k, a, lda, b, ldb, c, ldc, accumulate, nullptr);
+}
+#endif
 
 #define DLOPS_INSTANTIATE(T)                                                                       \
   template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const T*, int64_t, \
-                                                     const T*, int64_t, T*, int64_t, bool);
+                                                     const T*, int64_t, bool, T*, int64_t, bool);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
