@@ -201,7 +201,9 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
-  const bool by_rows = few_channels(g) && computed == at::MemoryFormat::Contiguous;
+  const bool by_rows =
+      few_channels(g) && computed == at::MemoryFormat::Contiguous &&
+      (g.column_rows() <= 32 || input.scalar_type() != at::kBFloat16 || !multiplies_bfloat16());
   if (takes_strips(g, input.scalar_type(), computed) && !by_rows) {
     strips_forward(g, dense, weight, sum_bias, result, computed);
     return result.contiguous(format);

@@ -37,6 +37,7 @@ struct Correlation {
   std::vector<int64_t> places = {};
   // Few channels go through im2col: then phases[0] is a 1x1 correlation of the columns.
   std::vector<TapAxis> unfolded = {};
+  int64_t pad = 0;  // zeros behind an unfolded pixel's columns
 
   int64_t block() const {
     const int64_t blocks = ceil_div(out_channels, kBlock);
@@ -44,7 +45,9 @@ struct Correlation {
   }
   int64_t blocks() const { return ceil_div(out_channels, block()); }
   // Channels of a pixel of the source that products read.
-  int64_t depth() const { return unfolded.empty() ? in_channels : taps * in_channels; }
+  int64_t depth() const { return unfolded.empty() ? in_channels : weight_rows(); }
+  // Rows of the weights as a matrix, those that meet the zeros included.
+  int64_t weight_rows() const { return taps * in_channels + pad; }
 
   void add(const TapAxis& rows, const TapAxis& cols, int64_t row0, int64_t col0) {
     Phase phase{live(rows), live(cols), {}, row0, col0, taps};

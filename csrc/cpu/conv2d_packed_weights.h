@@ -20,8 +20,8 @@
 namespace dlops::cpu {
 
 // The weights as [group][block][tap][in channel][out channel of the block], in the type of the
-// products' operands. Those of bfloat16 want the in channels, of which there is an even number, in
-// pairs: [in channel / 2][out channel][2].
+// products' operands. Those of bfloat16 want the rows [tap][in channel] in pairs: [row / 2][out
+// channel][2].
 template <class scalar_t, class operand_t>
 class PackedWeights {
   static constexpr bool kPairs = std::is_same_v<operand_t, c10::BFloat16>;
@@ -46,7 +46,7 @@ class PackedWeights {
  private:
   static constexpr int64_t kChunk = 16;  // input channels at a time
   int64_t cells() const { return cells_; }
-  int64_t block_size() const { return k_.taps * k_.in_channels * k_.block(); }
+  int64_t block_size() const { return k_.weight_rows() * k_.block(); }
   int64_t place(int64_t cell) const { return k_.places[static_cast<size_t>(cell)]; }
   operand_t* destination(int64_t group, int64_t block, int64_t cell, int64_t in) const {
     return to_ + (group * k_.blocks() + block) * block_size() +
@@ -118,17 +118,26 @@ class PackedWeights {
 
   void place_rows(int64_t group, int64_t block, Interval in, int64_t width,
                   const operand_t* space) const {
-    for (int64_t i = in.begin; i < in.end; i += kPairs ? 2 : 1) {
+    const bool even = k_.in_channels % 2 == 0;
+    for (int64_t i = in.begin; i < in.end; i += kPairs && even ? 2 : 1) {
       for (int64_t cell = 0; cell < cells(); ++cell) {
         if (place(cell) < 0) continue;
         const operand_t* row = space + ((i - in.begin) * cells() + cell) * width;
         operand_t* to = destination(group, block, cell, i);
-        if constexpr (kPairs) {
+        if constexpr (!kPairs) {
+          std::copy_n(row, width, to);
+        } else if (even) {
           DLOPS_SIMD(pair_rows, operand_t)(row, row + cells() * width, to, width);
         } else {
-          std::copy_n(row, width, to);
+          const int64_t odd = (place(cell) * k_.in_channels + i) % 2;  // the second of its pair
+          to += odd - odd * k_.block();
+          for (int64_t j = 0; j < width; ++j) to[2 * j] = row[j];
         }
       }
+    }
+    if constexpr (kPairs) {
+      operand_t* last = to_ + (group * k_.blocks() + block + 1) * block_size() - 2 * k_.block();
+      for (int64_t j = 0; j < k_.pad * width; ++j) last[2 * j + 1] = operand_t(0);
     }
   }
 

@@ -34,7 +34,7 @@ class PairedWeightGradient {
         layout_(g),
         grad_{grad_output.const_data_ptr<BFloat16>(), g.O, g.OH, g.OW, last},
         input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last} {
-    const int64_t channel = g.stride_h * g.stride_w * channels();  // planes
+    const int64_t channel = layout_.phases_h * layout_.phases_w * channels();  // planes
     const auto size = [&](int64_t rows) {
       return (channel * (rows + layout_.reach_h) + outputs() * rows) * layout_.pitch;
     };
@@ -111,7 +111,7 @@ class PairedWeightGradient {
   }
 
   int64_t planes_size() const {
-    return images_ * channels() * layout_.channel_size(g_, rows_) + kPlaneSlack;
+    return images_ * channels() * layout_.channel_size(rows_) + kPlaneSlack;
   }
   int64_t pairs_size() const {
     return images_ * pairs(rows_) * 2 * most_blocks() * kBlock + kPadding;
@@ -129,7 +129,7 @@ class PairedWeightGradient {
     unit.images = std::min(g_.N - unit.image, images_);
     unit.row = index % strips_ * rows_;
     unit.rows = std::min(g_.OH - unit.row, rows_);
-    unit.plane = layout_.channel_size(g_, unit.rows);
+    unit.plane = layout_.channel_size(unit.rows);
     unit.pairs = pairs(unit.rows);
     fill_planes(unit, group * channels(), space);
     BFloat16* to = space.pairs;
@@ -264,9 +264,9 @@ class PairedWeightGradient {
 }  // namespace
 
 bool takes_pairs(const Conv2dGeometry& g, at::ScalarType dtype) {
-  constexpr int64_t kFew = 8;
-  return dtype == at::kBFloat16 && multiplies_bfloat16() && PlaneLayout(g).compact(g) &&
-         std::min(g.channels_per_group(), g.outputs_per_group()) > kFew;
+  constexpr int64_t kThin = 8;
+  const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < kThin;
+  return dtype == at::kBFloat16 && multiplies_bfloat16() && !thin && PlaneLayout(g).compact(g);
 }
 
 bool pairs_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

@@ -53,7 +53,7 @@ class GroupPhases {
  public:
   GroupPhases(const Conv2dGeometry& g, sum_t* space) : g_(g), layout_(g), space_(space) {}
   void fill(const scalar_t* channels, int64_t row0, int64_t rows) {
-    const int64_t size = layout_.channel_size(g_, rows);
+    const int64_t size = layout_.channel_size(rows);
     if (rows != rows_) place(rows, size);
     for (int64_t c = 0; c < g_.channels_per_group(); ++c)
       fill_(g_, channels + c * g_.H * g_.W, row0, rows, space_ + c * size);
@@ -85,10 +85,10 @@ void forward(const Conv2dGeometry& g, const scalar_t* input,
   using sum_t = at::opmath_type<scalar_t>;
   const PlaneLayout layout(g);
   const int64_t Cg = g.channels_per_group(), Og = g.outputs_per_group(), T = g.column_rows();
-  const int64_t row_elements = Cg * g.stride_h * g.stride_w * layout.pitch;
+  const int64_t row_elements = Cg * layout.phases_h * layout.phases_w * layout.pitch;
   const Tasks tasks{g, RowBlocks(g.OH, row_elements, g.N * g.groups)};
   const int64_t most = tasks.blocks.size;
-  const int64_t phase_count = Cg * layout.channel_size(g, most) + kPlaneSlack;
+  const int64_t phase_count = Cg * layout.channel_size(most) + kPlaneSlack;
   const int64_t out_ld = most * layout.pitch + kPlaneSlack;
   const auto compute = DLOPS_SIMD(stencil, sum_t);
   const auto store = DLOPS_SIMD(store_rows, sum_t, scalar_t);
@@ -251,14 +251,15 @@ void grad_weight(const Conv2dGeometry& g, const scalar_t* grad_output, const sca
   using sum_t = at::opmath_type<scalar_t>;
   const PlaneLayout layout(g);
   const int64_t Cg = g.channels_per_group(), Og = g.outputs_per_group(), T = g.column_rows();
-  const RowBlocks blocks(g.OH, Cg * g.stride_h * g.stride_w * layout.pitch, g.N * g.groups);
+  const RowBlocks blocks(g.OH, Cg * layout.phases_h * layout.phases_w * layout.pitch,
+                         g.N * g.groups);
   // Independent parts of the sum over images: enough to keep threads busy.
   constexpr int64_t kTasks = 32;
   const int64_t items = g.N * blocks.count();
   const int64_t chunks = std::min(items, ceil_div(kTasks, g.groups));
   const at::Tensor sums = at::zeros({chunks, g.O * T}, at::kDouble);
   double* sum_data = sums.mutable_data_ptr<double>();
-  const int64_t phase_count = Cg * layout.channel_size(g, blocks.size) + kPlaneSlack;
+  const int64_t phase_count = Cg * layout.channel_size(blocks.size) + kPlaneSlack;
   const int64_t grad_count =
       std::is_same_v<scalar_t, sum_t> ? 0 : Og * blocks.size * layout.pitch + kPlaneSlack;
   const auto compute = DLOPS_SIMD(correlate, sum_t);

@@ -64,13 +64,14 @@ void fill_strip(const ImageView<scalar_t>& from, int64_t n, Interval c, Interval
   }
 }
 
-// im2col of few channels, for the output rows `y`: [y][column][row tap][column tap][channel].
+// im2col of few channels, for the output rows `y`: [y][column][row tap][column tap][channel], with
+// `pad` zeros behind each column.
 template <class scalar_t, class sum_t>
 class Unfolder {
  public:
   Unfolder(const ImageView<scalar_t>& from, int64_t channels, const TapAxis& rows,
-           const TapAxis& cols)
-      : from_(from), channels_(channels), rows_(rows), cols_(cols) {
+           const TapAxis& cols, int64_t pad = 0)
+      : from_(from), channels_(channels), rows_(rows), cols_(cols), pad_(pad) {
     if (rows.taps() == 0 || cols.taps() == 0) return;
     columns_ = {cols.offset(0), (cols.outputs - 1) * cols.step + cols.offset(cols.taps() - 1) + 1};
     // Taps that stand side by side are copied as one run.
@@ -84,7 +85,7 @@ class Unfolder {
     return span * length(columns_) * channels_ + kRunSlack;
   }
   int64_t size(int64_t rows) const {
-    return rows * cols_.outputs * rows_.taps() * cols_.taps() * channels_ + kRunSlack;
+    return rows * cols_.outputs * (rows_.taps() * cols_.taps() * channels_ + pad_) + kRunSlack;
   }
 
   void fill(int64_t n, int64_t c0, Interval y, sum_t* space, sum_t* to) const {
@@ -101,7 +102,7 @@ class Unfolder {
         for (const int64_t j : runs_)
           *run++ = space + (out * rows_.step + rows_.offset(i) - rows_.offset(0)) * row +
                    (cols_.offset(j) - columns_.begin) * channels_;
-      to = copy(runs.data(), static_cast<int64_t>(runs.size()), run_, cols_.step * channels_,
+      to = copy(runs.data(), static_cast<int64_t>(runs.size()), run_, pad_, cols_.step * channels_,
                 cols_.outputs, to);
     }
   }
@@ -113,6 +114,7 @@ class Unfolder {
   ImageView<scalar_t> from_;
   int64_t channels_;
   TapAxis rows_, cols_;
+  int64_t pad_;
   Interval columns_{0, 0};
   std::vector<int64_t> runs_;
   int64_t run_ = 0;

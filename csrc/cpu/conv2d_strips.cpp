@@ -108,7 +108,7 @@ class Strips {
         result_(result),
         cut_(k_, kLeaves ? 16 : 8) {  // low precision takes copies of them
     if (!k_.unfolded.empty())
-      unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1]);
+      unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1], k_.pad);
   }
 
   void run() {
@@ -316,8 +316,11 @@ void correlate(Correlation k, const at::Tensor& source, const at::Tensor& weight
     const sum_t* sum_bias = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
     scalar_t* data = result.mutable_data_ptr<scalar_t>();
     if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-      if (multiplies_bfloat16() && k.in_channels % 2 == 0)
+      const bool even = k.in_channels % 2 == 0;
+      if (multiplies_bfloat16() && (even || !k.unfolded.empty())) {
+        k.pad = even ? 0 : k.weight_rows() % 2;
         return Strips<scalar_t, scalar_t>(k, images, weight, sum_bias, data).run();
+      }
     }
     Strips<scalar_t, sum_t>(k, images, weight, sum_bias, data).run();
   });
@@ -337,7 +340,8 @@ bool takes_strips(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryForma
   // Contiguous planes that are read as they are need not be turned round.
   const bool planes = format == at::MemoryFormat::Contiguous && g.R == 1 && g.S == 1 &&
                       g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 && g.pad_left == 0 &&
-                      g.OH == g.H && g.OW == g.W && g.output_pixels() >= kLargePlane;
+                      g.OH == g.H && g.OW == g.W && g.output_pixels() >= kLargePlane &&
+                      !(dtype == at::kBFloat16 && multiplies_bfloat16());
   return floating && !thin && !planes && compact(g.OH, g.H, g.stride_h) &&
          compact(g.OW, g.W, g.stride_w);
 }

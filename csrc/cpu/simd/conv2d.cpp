@@ -369,14 +369,15 @@ namespace {
 
 // Copies runs as `vectors` whole vectors each; what is too much is written over by the next run.
 template <class T, int64_t lanes, int64_t vectors>
-T* copy_vectors(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
-                T* to) {
+T* copy_vectors(const T* const* runs, int64_t number, int64_t count, int64_t pad, int64_t step,
+                int64_t times, T* to) {
   for (int64_t x = 0; x < times; ++x) {
     for (int64_t i = 0; i < number; ++i, to += count) {
       const T* from = runs[i] + x * step;
       for (int64_t v = 0; v < vectors; ++v)
         std::memcpy(to + v * lanes, from + v * lanes, lanes * sizeof(T));
     }
+    for (int64_t i = 0; i < pad; ++i) *to++ = T(0);
   }
   return to;
 }
@@ -384,15 +385,22 @@ T* copy_vectors(const T* const* runs, int64_t number, int64_t count, int64_t ste
 }  // namespace
 
 template <int capability, class T>
-T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
-             T* to) {
+T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t pad, int64_t step,
+             int64_t times, T* to) {
   constexpr int64_t lanes = 64 / sizeof(T), quarter = lanes / 4;
-  if (count <= quarter) return copy_vectors<T, quarter, 1>(runs, number, count, step, times, to);
-  if (count <= lanes) return copy_vectors<T, lanes, 1>(runs, number, count, step, times, to);
-  if (count <= 2 * lanes) return copy_vectors<T, lanes, 2>(runs, number, count, step, times, to);
-  if (count <= 3 * lanes) return copy_vectors<T, lanes, 3>(runs, number, count, step, times, to);
-  for (int64_t x = 0; x < times; ++x)
+  const auto copy = [&](auto width, auto vectors) {
+    return copy_vectors<T, width, vectors>(runs, number, count, pad, step, times, to);
+  };
+  const auto whole = std::integral_constant<int64_t, lanes>{};
+  if (count <= quarter)
+    return copy(std::integral_constant<int64_t, quarter>{}, std::integral_constant<int64_t, 1>{});
+  if (count <= lanes) return copy(whole, std::integral_constant<int64_t, 1>{});
+  if (count <= 2 * lanes) return copy(whole, std::integral_constant<int64_t, 2>{});
+  if (count <= 3 * lanes) return copy(whole, std::integral_constant<int64_t, 3>{});
+  for (int64_t x = 0; x < times; ++x) {
     for (int64_t i = 0; i < number; ++i, to += count) std::copy_n(runs[i] + x * step, count, to);
+    to = std::fill_n(to, pad, T(0));
+  }
   return to;
 }
 
@@ -500,12 +508,13 @@ template bool all_finite<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, 
 template bool all_finite<DLOPS_CAPABILITY, double>(const double*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, float>(const float*, int64_t);
 template double* copy_runs<DLOPS_CAPABILITY, double>(const double* const*, int64_t, int64_t,
-                                                     int64_t, int64_t, double*);
+                                                     int64_t, int64_t, int64_t, double*);
 template float* copy_runs<DLOPS_CAPABILITY, float>(const float* const*, int64_t, int64_t, int64_t,
-                                                   int64_t, float*);
+                                                   int64_t, int64_t, float*);
 template c10::BFloat16* copy_runs<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16* const*,
                                                                    int64_t, int64_t, int64_t,
-                                                                   int64_t, c10::BFloat16*);
+                                                                   int64_t, int64_t,
+                                                                   c10::BFloat16*);
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
 DLOPS_INSTANTIATE(c10::complex<double>)

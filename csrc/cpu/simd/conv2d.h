@@ -54,13 +54,13 @@ void pair_rows(const T* even, const T* odd, T* to, int64_t count);
 template <int capability, class T>
 void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols, T* to,
                      int64_t to_ld);
-// `count` elements of each run, one run after the other, for each of `times` pixels; then the runs
-// begin `step` further on. Returns where the next pixel goes. May read and write kRunSlack elements
-// more than these.
+// `count` elements of each run, one run after the other, and `pad` zeros, for each of `times`
+// pixels; then the runs begin `step` further on. Returns where the next pixel goes. May read and
+// write kRunSlack elements more than these.
 constexpr int64_t kRunSlack = 64;
 template <int capability, class T>
-T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t step, int64_t times,
-             T* to);
+T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t pad, int64_t step,
+             int64_t times, T* to);
 // Whether none of them is infinite or NaN.
 template <int capability, class T>
 bool all_finite(const T* values, int64_t count);

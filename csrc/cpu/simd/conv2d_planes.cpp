@@ -161,8 +161,8 @@ void fill_phases(const Conv2dGeometry& g, const image_t* image, int64_t row0, in
                  sum_t* phases) {
   const PlaneLayout layout(g);
   const int64_t pitch = layout.pitch;
-  for (int64_t a = 0; a < g.stride_h; ++a) {
-    for (int64_t b = 0; b < g.stride_w; ++b) {
+  for (int64_t a = 0; a < layout.phases_h; ++a) {
+    for (int64_t b = 0; b < layout.phases_w; ++b) {
       const Interval inside = image_columns(g, b, pitch);
       for (int64_t q = 0; q < rows + layout.reach_h; ++q, phases += pitch) {
         const int64_t h = (row0 + q) * g.stride_h + a - g.pad_top;

@@ -1,7 +1,8 @@
 // Convolution without im2col, for few input channels: each kernel cell is a shift of a whole plane.
 //
 // A channel is padded and split by the stride into stride_h x stride_w phase planes: phase (a, b)
-// holds the padded rows h = a (mod stride_h) and columns w = b (mod stride_w). All of them and the
+// holds the padded rows h = a (mod stride_h) and columns w = b (mod stride_w). A window of one row
+// or column meets the first ones alone. All of them and the
 // output have the same distance `pitch` between rows, so that the input of output pixel
 // i = oh * pitch + ow under kernel cell (r, s) lies in one phase plane at i plus a constant. The
 // columns from OW to pitch are computed as well, and dropped.
@@ -17,11 +18,14 @@ namespace dlops::cpu {
 constexpr int64_t kPlaneSlack = 32;
 
 struct PlaneLayout {
-  int64_t reach_h, reach_w;  // how far the window reaches within a phase plane
+  int64_t phases_h, phases_w;  // that the window meets
+  int64_t reach_h, reach_w;    // how far it reaches within a phase plane
   int64_t pitch;
 
   DLOPS_HOST_DEVICE explicit PlaneLayout(const Conv2dGeometry& g)
-      : reach_h((g.R - 1) * g.dilation_h / g.stride_h),
+      : phases_h(g.R == 1 ? 1 : g.stride_h),
+        phases_w(g.S == 1 ? 1 : g.stride_w),
+        reach_h((g.R - 1) * g.dilation_h / g.stride_h),
         reach_w((g.S - 1) * g.dilation_w / g.stride_w),
         pitch(g.OW + reach_w) {}
   // Wide strides make many small planes, and wide dilations many columns that are dropped.
@@ -31,14 +35,14 @@ struct PlaneLayout {
   // Elements of one phase plane that serves `rows` output rows.
   DLOPS_HOST_DEVICE int64_t phase_size(int64_t rows) const { return (rows + reach_h) * pitch; }
   // Of all phase planes of a channel.
-  DLOPS_HOST_DEVICE int64_t channel_size(const Conv2dGeometry& g, int64_t rows) const {
-    return g.stride_h * g.stride_w * phase_size(rows);
+  DLOPS_HOST_DEVICE int64_t channel_size(int64_t rows) const {
+    return phases_h * phases_w * phase_size(rows);
   }
   // Where output pixel 0 meets the cell (r, s), within the channel's phase planes.
   DLOPS_HOST_DEVICE int64_t offset(const Conv2dGeometry& g, int64_t rows, int64_t r,
                                    int64_t s) const {
     const int64_t h = r * g.dilation_h, w = s * g.dilation_w;
-    return (h % g.stride_h * g.stride_w + w % g.stride_w) * phase_size(rows) +
+    return (h % g.stride_h * phases_w + w % g.stride_w) * phase_size(rows) +
            h / g.stride_h * pitch + w / g.stride_w;
   }
 };
