@@ -1,17 +1,10 @@
 #include "cpu/conv2d_pairs_weight.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/BFloat16.h>
-
 #include <atomic>
-#include <vector>
 
-#include "cpu/capability.h"
+#include "cpu/conv2d_pairs_sums.h"
 #include "cpu/conv2d_strip_copies.h"
-#include "cpu/grain.h"
 #include "cpu/matmul.h"
-#include "cpu/scratch.h"
 #include "cpu/simd/conv2d_planes.h"
 
 namespace dlops::cpu {
@@ -21,66 +14,64 @@ using c10::BFloat16;
 
 // Of a unit, in elements: half of a second-level cache of 1 MiB.
 constexpr int64_t kUnitElements = 256 * 1024;
-constexpr int64_t kBlock = 64;  // channels and outputs of a product
-constexpr int64_t kTasks = 8;
-// What the sums of all chunks may take, where that is more than the gradient itself.
-constexpr int64_t kPartialElements = 512 * 1024;
+constexpr int64_t kBlock = PairSums::kBlock;
 
-class PairedWeightGradient {
- public:
-  PairedWeightGradient(const Conv2dGeometry& g, const at::Tensor& grad_output,
-                       const at::Tensor& input, bool last)
-      : g_(g),
-        layout_(g),
-        grad_{grad_output.const_data_ptr<BFloat16>(), g.O, g.OH, g.OW, last},
-        input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last} {
-    const int64_t channel = layout_.phases_h * layout_.phases_w * channels();  // planes
-    const auto size = [&](int64_t rows) {
-      return (channel * (rows + layout_.reach_h) + outputs() * rows) * layout_.pitch;
-    };
-    if (size(g.OH) <= kUnitElements) {
-      // Enough units for all tasks.
-      const int64_t units = ceil_div(kTasks, g.groups * blocks());
-      const int64_t fitting = std::min(kUnitElements / size(g.OH), ceil_div(g.N, units));
-      rows_ = g.OH;
-      images_ = ceil_div(g.N, ceil_div(g.N, fitting));
+// Images and output rows whose planes and gradients are in cache together.
+struct Unit {
+  int64_t image, images, row, rows;
+  int64_t plane;  // elements of a channel's planes
+  int64_t pairs;  // of pixels of an image
+};
+
+// How a batch is cut into units. It depends on the shapes alone.
+struct Cut {
+  int64_t rows, images, strips, units;
+  Cut(const Conv2dGeometry& g, const PlaneLayout& layout) {
+    constexpr int64_t kTasks = 8;
+    const int64_t channel = layout.phases_h * layout.phases_w * g.channels_per_group();
+    const int64_t outputs = g.outputs_per_group();
+    const int64_t image =
+        (channel * (g.OH + layout.reach_h) + outputs * g.OH) * layout.pitch;  // elements of one
+    rows = g.OH;
+    images = 1;
+    if (image <= kUnitElements) {
+      const int64_t tasks = ceil_div(kTasks, g.groups * ceil_div(outputs, kBlock));
+      const int64_t fitting = std::min(kUnitElements / image, ceil_div(g.N, tasks));
+      images = ceil_div(g.N, ceil_div(g.N, fitting));
     } else {
       const int64_t fitting =
-          (kUnitElements / layout_.pitch - channel * layout_.reach_h) / (channel + outputs());
-      rows_ = ceil_div(g.OH, ceil_div(g.OH, std::clamp<int64_t>(fitting, 1, g.OH)));
-      images_ = 1;
+          (kUnitElements / layout.pitch - channel * layout.reach_h) / (channel + outputs);
+      rows = ceil_div(g.OH, ceil_div(g.OH, std::clamp<int64_t>(fitting, 1, g.OH)));
     }
-    strips_ = ceil_div(g.OH, rows_);
-    units_ = ceil_div(g.N, images_) * strips_;
-    const int64_t most = std::max<int64_t>(1, kPartialElements / (g.O * g.column_rows()));
-    chunks_ = std::min({units_, most, ceil_div(kTasks, g.groups)});
-    splits_ = std::min(blocks(), ceil_div(kTasks, chunks_ * g.groups));
+    strips = ceil_div(g.OH, rows);
+    units = ceil_div(g.N, images) * strips;
   }
+};
 
-  bool run(const at::Tensor& result, bool last) {
-    sums_ = at::zeros({chunks_, g_.groups, cells(), channels(), outputs()}, at::kFloat);
-    sum_data_ = sums_.mutable_data_ptr<float>();
+class PlanesByPairs {
+ public:
+  PlanesByPairs(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
+                bool last)
+      : g_(g),
+        layout_(g),
+        cut_(g, layout_),
+        grad_{grad_output.const_data_ptr<BFloat16>(), g.O, g.OH, g.OW, last},
+        input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last},
+        sums_(g, cut_.units) {}
+
+  bool run(BFloat16* result, bool last) {
     std::atomic<bool> finite = true;
-    const int64_t work = g_.N * g_.output_pixels() * g_.column_rows() * outputs() /
-                         std::max<int64_t>(1, chunks_ * splits_);
-    at::parallel_for(
-        0, chunks_ * g_.groups * splits_, grain(work), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<BFloat16>(planes_size()) +
-                          Scratch::size<BFloat16>(pairs_size()) +
-                          Scratch::size<BFloat16>(space_size()));
-          const Space space{scratch.take<BFloat16>(planes_size()),
-                            scratch.take<BFloat16>(pairs_size()),
-                            scratch.take<BFloat16>(space_size())};
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t split = task % splits_, group = task / splits_ % g_.groups;
-            const int64_t chunk = task / splits_ / g_.groups;
-            const Interval some{split * blocks() / splits_, (split + 1) * blocks() / splits_};
-            for (int64_t unit = chunk * units_ / chunks_; unit < (chunk + 1) * units_ / chunks_;
-                 ++unit)
-              if (finite && !add_unit(chunk, group, unit, some, space)) finite = false;
-          }
-        });
-    if (finite) finish(result.mutable_data_ptr<BFloat16>(), last);
+    sums_.fill([&](const auto& each) {
+      Scratch scratch(Scratch::size<BFloat16>(planes_size()) +
+                      Scratch::size<BFloat16>(pairs_size()) +
+                      Scratch::size<BFloat16>(space_size()));
+      const Space space{scratch.take<BFloat16>(planes_size()), scratch.take<BFloat16>(pairs_size()),
+                        scratch.take<BFloat16>(space_size())};
+      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks) {
+        if (finite && !add_unit(chunk, group, unit, blocks, space)) finite = false;
+      });
+    });
+    if (finite) sums_.finish(result, last);
     return finite;
   }
 
@@ -88,18 +79,9 @@ class PairedWeightGradient {
   struct Space {
     BFloat16 *planes, *pairs, *rows;
   };
-  // Images and output rows whose planes and gradients are in cache together.
-  struct Unit {
-    int64_t image, images, row, rows;
-    int64_t plane;  // elements of a channel's planes
-    int64_t pairs;  // of pixels of an image
-  };
 
   int64_t channels() const { return g_.channels_per_group(); }
   int64_t outputs() const { return g_.outputs_per_group(); }
-  int64_t cells() const { return g_.R * g_.S; }
-  int64_t blocks() const { return ceil_div(outputs(), kBlock); }
-  int64_t most_blocks() const { return ceil_div(blocks(), splits_); }
   int64_t pairs(int64_t rows) const {
     return ceil_div((rows - 1) * layout_.pitch + g_.OW, int64_t{2});
   }
@@ -111,38 +93,37 @@ class PairedWeightGradient {
   }
 
   int64_t planes_size() const {
-    return images_ * channels() * layout_.channel_size(rows_) + kPlaneSlack;
+    return cut_.images * channels() * layout_.channel_size(cut_.rows) + kPlaneSlack;
   }
   int64_t pairs_size() const {
-    return images_ * pairs(rows_) * 2 * most_blocks() * kBlock + kPadding;
+    return cut_.images * pairs(cut_.rows) * 2 * sums_.most_blocks() * kBlock + kPadding;
   }
   int64_t space_size() const {
-    const int64_t input = (rows_ + layout_.reach_h) * g_.stride_h * g_.W * channels();
-    const int64_t grad = kBlock * pairs(rows_) * 2 + layout_.pitch;
-    return (input_.last ? std::max(input, kBlock) : grad) + kPlaneSlack;
+    const int64_t rows = std::min(g_.H, (cut_.rows + layout_.reach_h) * g_.stride_h);
+    const int64_t grad = kBlock * pairs(cut_.rows) * 2 + layout_.pitch;
+    return (input_.last ? std::max(rows * g_.W * channels(), kBlock) : grad) + kPlaneSlack;
   }
 
   // False if one of its numbers is not finite.
-  bool add_unit(int64_t chunk, int64_t group, int64_t index, Interval some, Space space) const {
+  bool add_unit(int64_t chunk, int64_t group, int64_t index, Interval blocks, Space space) const {
     Unit unit;
-    unit.image = index / strips_ * images_;
-    unit.images = std::min(g_.N - unit.image, images_);
-    unit.row = index % strips_ * rows_;
-    unit.rows = std::min(g_.OH - unit.row, rows_);
+    unit.image = index / cut_.strips * cut_.images;
+    unit.images = std::min(g_.N - unit.image, cut_.images);
+    unit.row = index % cut_.strips * cut_.rows;
+    unit.rows = std::min(g_.OH - unit.row, cut_.rows);
     unit.plane = layout_.channel_size(unit.rows);
     unit.pairs = pairs(unit.rows);
     fill_planes(unit, group * channels(), space);
     BFloat16* to = space.pairs;
-    for (int64_t block = some.begin; block < some.end; ++block)
-      to = fill_pairs(unit, group * outputs() + block * kBlock, width(block), to, space.rows);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block)
+      to = fill_pairs(unit, group * outputs() + block * kBlock, sums_.width(block), to, space.rows);
     const auto finite = DLOPS_SIMD(all_finite, BFloat16);
     if (!finite(space.planes, unit.images * channels() * unit.plane) ||
         !finite(space.pairs, to - space.pairs))
       return false;
-    multiply(chunk, group, unit, some, space);
+    multiply(chunk, group, unit, blocks, space);
     return true;
   }
-  int64_t width(int64_t block) const { return std::min(kBlock, outputs() - block * kBlock); }
 
   // The phase planes as [image][channel].
   void fill_planes(const Unit& unit, int64_t c0, Space space) const {
@@ -160,7 +141,7 @@ class PairedWeightGradient {
         fill(g_, plane, unit.row, unit.rows, to);
       }
     }
-    std::fill_n(to, kPlaneSlack, BFloat16(0));  // Met by the odd pixel at the end of a plane.
+    std::fill_n(to, kPlaneSlack, BFloat16(0));  // met by the odd pixel at the end of a plane
   }
 
   // A block of the gradient as [image][pair of pixels][output][2], with zeros between its rows.
@@ -207,58 +188,157 @@ class PairedWeightGradient {
     turn(space, unit.pairs, width, unit.pairs, to, width);
   }
 
-  void multiply(int64_t chunk, int64_t group, const Unit& unit, Interval some, Space space) const {
-    float* sums = sum_data_ + (chunk * g_.groups + group) * cells() * channels() * outputs();
-    for (int64_t cell = 0; cell < cells(); ++cell) {
+  void multiply(int64_t chunk, int64_t group, const Unit& unit, Interval blocks,
+                Space space) const {
+    for (int64_t cell = 0; cell < g_.R * g_.S; ++cell) {
       const int64_t offset = layout_.offset(g_, unit.rows, cell / g_.S, cell % g_.S);
       for (int64_t c = 0; c < channels(); c += kBlock) {
         const BFloat16* b = space.pairs;
-        for (int64_t block = some.begin; block < some.end; ++block) {
-          for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * width(block)) {
-            const BFloat16* a = space.planes + (n * channels() + c) * unit.plane + offset;
-            matmul(std::min(kBlock, channels() - c), width(block), unit.pairs * 2, a, unit.plane, b,
-                   width(block), sums + (cell * channels() + c) * outputs() + block * kBlock,
-                   outputs(), true);
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+          const int64_t width = sums_.width(block);
+          for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * width) {
+            matmul(std::min(kBlock, channels() - c), width, unit.pairs * 2,
+                   space.planes + (n * channels() + c) * unit.plane + offset, unit.plane, b, width,
+                   sums_.at(chunk, group, cell, c, block), sums_.ld(), true);
           }
         }
       }
     }
   }
 
-  // Adds up the chunks in their order and turns the sums round to [output][channel][cell], or
-  // channels_last [output][cell][channel].
-  void finish(BFloat16* result, bool last) const {
-    constexpr int64_t kTile = 32;
-    const auto add = DLOPS_SIMD(add_row, float, float);
-    const auto flip = DLOPS_SIMD(transpose, float, BFloat16);
-    const int64_t size = cells() * channels(), tiles = ceil_div(outputs(), kTile);
-    at::parallel_for(
-        0, g_.groups * tiles, grain(chunks_ * size * kTile), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<float>(size * kTile));
-          float* tile = scratch.take<float>(size * kTile);
-          for (int64_t i = begin; i < end; ++i) {
-            const int64_t group = i / tiles, o = i % tiles * kTile;
-            const int64_t width = std::min(kTile, outputs() - o);
-            for (int64_t row = 0; row < size; ++row) {
-              const int64_t cell = row / channels(), c = row % channels();
-              float* to = tile + (last ? row : c * cells() + cell) * width;
-              const float* from = sum_data_ + (group * size + row) * outputs() + o;
-              std::copy_n(from, width, to);
-              for (int64_t chunk = 1; chunk < chunks_; ++chunk)
-                add(from + chunk * g_.O * size, to, width);
+  const Conv2dGeometry& g_;
+  const PlaneLayout layout_;
+  const Cut cut_;
+  const ImageView<BFloat16> grad_, input_;
+  PairSums sums_;
+};
+
+// -------------------------------------------------------------------------- many small images
+
+// Images of a unit, where products run over images; else 0.
+int64_t many_images(const Conv2dGeometry& g) {
+  constexpr int64_t kFewPixels = 36, kMany = 32, kTasks = 8;
+  const int64_t image =
+      g.H * g.W * g.channels_per_group() + g.output_pixels() * g.outputs_per_group();
+  const int64_t tasks = ceil_div(kTasks, g.groups * ceil_div(g.outputs_per_group(), kBlock));
+  const int64_t fitting = std::min(kUnitElements * 3 / 2 / image, std::max(kMany, g.N / tasks));
+  if (g.output_pixels() > kFewPixels || std::min(fitting, g.N) < kMany) return 0;
+  return ceil_div(g.N, ceil_div(g.N, fitting));
+}
+
+// The depth of a product is the images, for each output pixel that a kernel cell meets.
+class ImagesByPairs {
+ public:
+  ImagesByPairs(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
+                bool last, int64_t images)
+      : g_(g),
+        images_(images),
+        depth_(ceil_div(images, int64_t{2}) * 2),
+        grad_{grad_output.const_data_ptr<BFloat16>(), g.O, g.OH, g.OW, last},
+        input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last},
+        sums_(g, ceil_div(g.N, images)) {}
+
+  void run(BFloat16* result, bool last) {
+    sums_.fill([&](const auto& each) {
+      Scratch scratch(Scratch::size<BFloat16>(input_size()) +
+                      Scratch::size<BFloat16>(pairs_size()) +
+                      Scratch::size<BFloat16>(space_size()));
+      BFloat16* input = scratch.take<BFloat16>(input_size());
+      BFloat16* pairs = scratch.take<BFloat16>(pairs_size());
+      BFloat16* space = scratch.take<BFloat16>(space_size());
+      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks) {
+        const int64_t n0 = unit * images_, count = std::min(g_.N, n0 + images_) - n0;
+        turn_input(n0, count, group * channels(), input);
+        for (int64_t block = blocks.begin; block < blocks.end; ++block)
+          fill_pairs(n0, count, group * g_.outputs_per_group() + block * kBlock, sums_.width(block),
+                     pairs + (block - blocks.begin) * block_size(), space);
+        multiply(chunk, group, blocks, input, pairs);
+      });
+    });
+    sums_.finish(result, last);
+  }
+
+ private:
+  int64_t channels() const { return g_.channels_per_group(); }
+  int64_t pixels() const { return g_.H * g_.W; }
+  int64_t block_size() const { return g_.output_pixels() * depth_ * kBlock; }
+  int64_t input_size() const { return pixels() * channels() * depth_; }
+  int64_t pairs_size() const { return sums_.most_blocks() * block_size() + kPadding; }
+  int64_t space_size() const { return 2 * g_.output_pixels() * kBlock; }
+
+  // Images innermost: [channel][pixel][image], or channels_last [pixel][channel][image].
+  void turn_input(int64_t n0, int64_t count, int64_t c0, BFloat16* to) const {
+    const auto flip = DLOPS_SIMD(transpose, BFloat16, BFloat16);
+    const int64_t image = g_.C * pixels();
+    if (input_.last) {
+      for (int64_t q = 0; q < pixels(); ++q)
+        flip(input_.at(n0, c0, 0, 0) + q * g_.C, image, count, channels(),
+             to + q * channels() * depth_, depth_);
+    } else {
+      flip(input_.at(n0, c0, 0, 0), image, count, channels() * pixels(), to, depth_);
+    }
+    if (count == depth_) return;
+    for (int64_t i = 0; i < channels() * pixels(); ++i)
+      std::fill(to + i * depth_ + count, to + (i + 1) * depth_, BFloat16(0));
+  }
+
+  // A block of the gradient as [pixel][pair of images][output][2].
+  void fill_pairs(int64_t n0, int64_t count, int64_t o0, int64_t width, BFloat16* to,
+                  BFloat16* space) const {
+    const auto flip = DLOPS_SIMD(transpose, BFloat16, BFloat16);
+    const auto join = DLOPS_SIMD(pair_rows, BFloat16);
+    const int64_t P = g_.output_pixels();
+    for (int64_t n = 0; n < depth_; n += 2) {
+      const BFloat16* rows[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        BFloat16* row = space + i * P * kBlock;
+        rows[i] = row;
+        if (n + i >= count) {
+          std::fill_n(row, P * kBlock, BFloat16(0));
+        } else if (grad_.last) {
+          rows[i] = grad_.at(n0 + n + i, o0, 0, 0);
+        } else {
+          flip(grad_.at(n0 + n + i, o0, 0, 0), P, width, P, row, kBlock);
+        }
+      }
+      for (int64_t p = 0; p < P; ++p) {
+        const auto pixel = [&](int64_t i) {
+          return rows[i] + p * (grad_.last && n + i < count ? g_.O : kBlock);
+        };
+        join(pixel(0), pixel(1), to + (p * depth_ + n) * kBlock, width);
+      }
+    }
+  }
+
+  void multiply(int64_t chunk, int64_t group, Interval blocks, const BFloat16* input,
+                const BFloat16* pairs) const {
+    const int64_t channel = input_.last ? depth_ : pixels() * depth_;
+    const int64_t pixel = input_.last ? channels() * depth_ : depth_;
+    for (int64_t cell = 0; cell < g_.R * g_.S; ++cell) {
+      const int64_t r = cell / g_.S, s = cell % g_.S;
+      const Interval inside = inside_columns(g_, s);
+      for (int64_t c = 0; c < channels(); c += kBlock) {
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+          const BFloat16* b = pairs + (block - blocks.begin) * block_size();
+          for (int64_t y = 0; y < g_.OH; ++y) {
+            const int64_t h = g_.input_row(y, r);
+            if (!g_.row_inside(h)) continue;
+            for (int64_t x = inside.begin; x < inside.end; ++x) {
+              matmul(std::min(kBlock, channels() - c), sums_.width(block), depth_,
+                     input + c * channel + (h * g_.W + g_.input_col(x, s)) * pixel, channel,
+                     b + (y * g_.OW + x) * depth_ * kBlock, kBlock,
+                     sums_.at(chunk, group, cell, c, block), sums_.ld(), true);
             }
-            flip(tile, width, size, width, result + (group * outputs() + o) * size, size);
           }
-        });
+        }
+      }
+    }
   }
 
   const Conv2dGeometry& g_;
-  const PlaneLayout layout_;
+  const int64_t images_, depth_;  // an even number of images
   const ImageView<BFloat16> grad_, input_;
-  int64_t rows_, images_;  // of a unit
-  int64_t strips_, units_, chunks_, splits_;
-  at::Tensor sums_;
-  float* sum_data_ = nullptr;
+  PairSums sums_;
 };
 
 }  // namespace
@@ -273,7 +353,12 @@ bool pairs_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                        const at::Tensor& input, const at::Tensor& grad_weight,
                        at::MemoryFormat format) {
   const bool last = format == at::MemoryFormat::ChannelsLast;
-  return PairedWeightGradient(g, grad_output, input, last).run(grad_weight, last);
+  BFloat16* result = grad_weight.mutable_data_ptr<BFloat16>();
+  if (const int64_t images = many_images(g); images > 0) {
+    ImagesByPairs(g, grad_output, input, last, images).run(result, last);
+    return true;
+  }
+  return PlanesByPairs(g, grad_output, input, last).run(result, last);
 }
 
 }  // namespace dlops::cpu
