@@ -37,6 +37,25 @@ void copy_row(const T* from, T* to, int64_t count) {
   if (i < count) Vec<T>::loadu(from + i, static_cast<int16_t>(count - i)).store(to + i);
 }
 
+// Every other element. Those of two bytes are the lower halves of integers.
+template <class image_t, class sum_t>
+void gather_alternate(const image_t* from, sum_t* to, int64_t count) {
+  int64_t i = 0;
+#if DLOPS_CAPABILITY == 2
+  if constexpr (sizeof(image_t) == 2 && std::is_same_v<image_t, sum_t>) {
+    for (; i < count; i += 16) {
+      // The last integer would end behind the last element.
+      const auto whole = static_cast<__mmask16>((1u << std::min<int64_t>(16, count - 1 - i)) - 1);
+      const auto wanted = static_cast<__mmask16>((1u << std::min<int64_t>(16, count - i)) - 1);
+      const __m512i pairs = _mm512_maskz_loadu_epi32(whole, from + 2 * i);
+      _mm512_mask_cvtepi32_storeu_epi16(to + i, wanted, pairs);
+    }
+    i = std::max<int64_t>(0, count - 1);
+  }
+#endif
+  for (; i < count; ++i) to[i] = static_cast<sum_t>(from[2 * i]);
+}
+
 template <class image_t, class sum_t>
 void gather_row(const image_t* from, int64_t step, sum_t* to, int64_t count) {
   if constexpr (std::is_same_v<image_t, sum_t>) {
@@ -45,7 +64,7 @@ void gather_row(const image_t* from, int64_t step, sum_t* to, int64_t count) {
   if (step == 1) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<sum_t>(from[i]);
   } else if (step == 2) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<sum_t>(from[2 * i]);
+    gather_alternate(from, to, count);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<sum_t>(from[step * i]);
   }
