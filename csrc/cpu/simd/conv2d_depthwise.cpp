@@ -3,6 +3,7 @@
 #include <ATen/cpu/vec/functional.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/simd/load_store.h"
 #include "cpu/simd/registers.h"
@@ -10,7 +11,7 @@
 namespace dlops::cpu {
 namespace {
 
-constexpr int kPixels = 4;
+constexpr int kPixels = 4, kSlides = 8;
 
 // P destinations of one run at V vectors of channels, the last of which holds `tail` of them.
 template <int P, int V, class scalar_t, class T>
@@ -55,6 +56,99 @@ void sum_channels(const DepthwiseSum& d, const TapRun& row, const TapRun& run, i
     sum_block<P, V>(d, row, run, i, c, L, from, weight, bias, to);
   for (; c < d.C; c += L)
     sum_block<P, 1>(d, row, run, i, c, std::min(L, d.C - c), from, weight, bias, to);
+}
+
+// Whether the taps of a run stand one source step apart, so that neighbouring destinations share
+// sources: `direction` is 1 where sources and cells ascend together, -1 where they go opposite
+// ways.
+bool slides(const TapRun& run, int64_t direction) {
+  for (int64_t s = 0; s + 1 < run.tap_count; ++s) {
+    if (run.taps[s + 1].source != run.taps[s].source + direction * run.source_step ||
+        run.taps[s + 1].cell != run.taps[s].cell + run.taps[1].cell - run.taps[0].cell)
+      return false;
+  }
+  return run.tap_count > 1;
+}
+
+// Adds what a source gives through each tap to its destination, if that is one of the P.
+template <int destination, int P, class V>
+void add_tap(const V& value, const V& factor, V* sum) {
+  if constexpr (destination >= 0 && destination < P)
+    sum[destination] = at::vec::fmadd(value, factor, sum[destination]);
+}
+template <int source, int direction, int P, class V, int... s>
+void add_source(const V& value, const V* factor, V* sum, std::integer_sequence<int, s...>) {
+  (add_tap<source - direction * s, P>(value, factor[s], sum), ...);
+}
+
+// P destinations of a run of K taps that slides, at one vector of channels: each source is read
+// once. The sums have the order of sum_block.
+template <int P, int K, int direction, class Lanes, class scalar_t, class T, int... p, int... s,
+          int... j>
+void slide_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i, int64_t c,
+                 Lanes lanes, const scalar_t* from, const T* weight, const T* bias, scalar_t* to,
+                 std::integer_sequence<int, p...>, std::integer_sequence<int, s...>,
+                 std::integer_sequence<int, j...>) {
+  const int64_t source_step = run.source_step * d.C;
+  const int64_t cell_step = (run.taps[1].cell - run.taps[0].cell) * d.C;
+  const int64_t first = direction > 0 ? i : i + P - 1;
+  from += c + (run.taps[0].source + first * run.source_step) * d.C;
+  weight += c + run.taps[0].cell * d.C;
+  Vec<T> sum[P] = {(static_cast<void>(p), Vec<T>(T(0)))...};
+  for (int64_t r = 0; r < row.tap_count; ++r) {
+    const scalar_t* x = from + row.taps[r].source * d.from_width * d.C;
+    const T* w = weight + row.taps[r].cell * d.S * d.C;
+    const Vec<T> factor[K] = {load<T>(w + s * cell_step, lanes)...};
+    // Destination p meets source p + direction * s.
+    ((add_source<(direction > 0 ? j : P - 1 - j), direction, P>(
+          load<T>(x, lanes), factor, sum, std::make_integer_sequence<int, K>{}),
+      x += direction * source_step),
+     ...);
+  }
+  const Vec<T> last = bias == nullptr ? Vec<T>(T(0)) : load<T>(bias + c, lanes);
+  to += (row.first * d.to_width + run.first + i * run.step) * d.C + c;
+  (store(sum[p] + last, to + p * run.step * d.C, lanes), ...);
+}
+
+// As many destinations of the run as blocks of P, P / 2, ... cover; returns where they end.
+template <int P, int K, int direction, class scalar_t, class T>
+int64_t slide(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i,
+              const scalar_t* from, const T* weight, const T* bias, scalar_t* to) {
+  constexpr int64_t L = Vec<T>::size();
+  for (; i + P <= run.count; i += P) {
+    const auto block = [&](int64_t c, auto lanes) {
+      slide_block<P, K, direction>(
+          d, row, run, i, c, lanes, from, weight, bias, to, std::make_integer_sequence<int, P>{},
+          std::make_integer_sequence<int, K>{}, std::make_integer_sequence<int, P + K - 1>{});
+    };
+    int64_t c = 0;
+    for (; c + L <= d.C; c += L) block(c, std::integral_constant<int64_t, L>{});
+    if (c < d.C) block(c, d.C - c);
+  }
+  if constexpr (P > 2) return slide<P / 2, K, direction>(d, row, run, i, from, weight, bias, to);
+  return i;
+}
+
+// Returns how many destinations it has done: none where the run does not slide.
+template <class scalar_t, class T>
+int64_t slide_run(const DepthwiseSum& d, const TapRun& row, const TapRun& run, const scalar_t* from,
+                  const T* weight, const T* bias, scalar_t* to) {
+  const auto along = [&](auto taps) -> int64_t {
+    constexpr int K = taps;
+    if (slides(run, 1)) return slide<kSlides, K, 1>(d, row, run, 0, from, weight, bias, to);
+    if (slides(run, -1)) return slide<kSlides, K, -1>(d, row, run, 0, from, weight, bias, to);
+    return 0;
+  };
+  switch (run.tap_count) {
+    case 3:
+      return along(std::integral_constant<int, 3>{});
+    case 5:
+      return along(std::integral_constant<int, 5>{});
+    case 7:
+      return along(std::integral_constant<int, 7>{});
+    default:
+      return 0;
+  }
 }
 
 // sums[s][lane] += grad[ow][lane] * input[ow + s][lane] over the output columns [ow0, ow1), for B
@@ -134,7 +228,7 @@ void sum_taps(const DepthwiseSum& d, int64_t row0, int64_t row1, const scalar_t*
   for (int64_t row = row0; row < row1; ++row) {
     for (int64_t k = 0; k < d.col_runs; ++k) {
       const TapRun& run = d.cols[k];
-      int64_t i = 0;
+      int64_t i = slide_run(d, d.rows[row], run, from, weight, bias, to);
       for (; i + kPixels <= run.count; i += kPixels)
         sum_channels<kPixels>(d, d.rows[row], run, i, from, weight, bias, to);
       for (; i < run.count; ++i) sum_channels<1>(d, d.rows[row], run, i, from, weight, bias, to);
