@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import dlops.functional as F
+from dlops import nn
 
 pytestmark = pytest.mark.memory
 parametrize = pytest.mark.parametrize
@@ -214,6 +216,18 @@ def test_10000_calls_do_not_grow(op: str) -> None:
     """Less than the 64 bytes a call that the smallest tensor takes."""
     call = small(op)
     check_no_growth(lambda: call().sum().backward(), 10_000, allowed=10_000 * 64)
+
+
+def test_images_of_many_sizes_do_not_grow() -> None:
+    """Nothing is kept for a shape: neither kernels nor plans nor buffers."""
+    layer = nn.Conv2d(16, 16, 3)
+    sizes = itertools.count()
+
+    def call() -> None:
+        height, width = divmod(next(sizes), 60)
+        layer(torch.zeros(1, 16, 4 + height, 4 + width)).sum().backward()
+
+    check_no_growth(call, 1000, allowed=1000 * 64)
 
 
 def test_growth_would_be_seen() -> None:
