@@ -197,9 +197,11 @@ class PlanesByPairs {
         for (int64_t block = blocks.begin; block < blocks.end; ++block) {
           const int64_t width = sums_.width(block);
           for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * width) {
-            matmul(std::min(kBlock, channels() - c), width, unit.pairs * 2,
-                   space.planes + (n * channels() + c) * unit.plane + offset, unit.plane, b, width,
-                   sums_.at(chunk, group, cell, c, block), sums_.ld(), true);
+            const Factors<BFloat16> factors{
+                space.planes + (n * channels() + c) * unit.plane + offset, b};
+            matmul_of_padded(std::min(kBlock, channels() - c), width, unit.pairs * 2, &factors, 1,
+                             0, unit.plane, width, sums_.at(chunk, group, cell, c, block),
+                             sums_.ld(), true);
           }
         }
       }
@@ -324,10 +326,12 @@ class ImagesByPairs {
             const int64_t h = g_.input_row(y, r);
             if (!g_.row_inside(h)) continue;
             for (int64_t x = inside.begin; x < inside.end; ++x) {
-              matmul(std::min(kBlock, channels() - c), sums_.width(block), depth_,
-                     input + c * channel + (h * g_.W + g_.input_col(x, s)) * pixel, channel,
-                     b + (y * g_.OW + x) * depth_ * kBlock, kBlock,
-                     sums_.at(chunk, group, cell, c, block), sums_.ld(), true);
+              const Factors<BFloat16> factors{
+                  input + c * channel + (h * g_.W + g_.input_col(x, s)) * pixel,
+                  b + (y * g_.OW + x) * depth_ * kBlock};
+              matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), depth_,
+                               &factors, 1, 0, channel, kBlock,
+                               sums_.at(chunk, group, cell, c, block), sums_.ld(), true);
             }
           }
         }

@@ -4,8 +4,10 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_packed_weights.h"
@@ -26,17 +28,15 @@ struct Strides {
   int64_t image, row, pixel;
 };
 
-// c[n, y, x, :] += a[n, y, x, :] b for a block of pixels, one product along a side of it.
+// c[n, y, x, :] += a[n, y, x, :] b for a block of pixels and the sum over some factors, one product
+// along a side of the block.
 template <class operand_t, class sum_t>
 void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
-              const operand_t* a, Strides sa, const operand_t* b, int64_t ldb, sum_t* c,
+              const std::vector<Factors<operand_t>>& factors, Strides sa, int64_t ldb, sum_t* c,
               Strides sc) {
-  const auto add = [&](int64_t m, const operand_t* from, int64_t lda, sum_t* to, int64_t ldc) {
-    if constexpr (std::is_same_v<operand_t, sum_t>) {
-      matmul(m, width, depth, from, lda, b, ldb, to, ldc, true, /*padded=*/true);
-    } else {
-      matmul(m, width, depth, from, lda, b, ldb, to, ldc, true);
-    }
+  const auto add = [&](int64_t m, int64_t shift, int64_t lda, sum_t* to, int64_t ldc) {
+    matmul_of_padded(m, width, depth, factors.data(), static_cast<int64_t>(factors.size()), shift,
+                     lda, ldb, to, ldc, true);
   };
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
   if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);
@@ -45,17 +45,31 @@ void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t
   if (cols >= kLong || cols >= std::max(rows, images)) {
     for (int64_t n = 0; n < images; ++n)
       for (int64_t y = 0; y < rows; ++y)
-        add(cols, a + n * sa.image + y * sa.row, sa.pixel, c + n * sc.image + y * sc.row, sc.pixel);
+        add(cols, n * sa.image + y * sa.row, sa.pixel, c + n * sc.image + y * sc.row, sc.pixel);
   } else if (rows >= std::min(kLong, images)) {
     for (int64_t n = 0; n < images; ++n)
       for (int64_t x = 0; x < cols; ++x)
-        add(rows, a + n * sa.image + x * sa.pixel, sa.row, c + n * sc.image + x * sc.pixel, sc.row);
+        add(rows, n * sa.image + x * sa.pixel, sa.row, c + n * sc.image + x * sc.pixel, sc.row);
   } else {
     for (int64_t y = 0; y < rows; ++y)
       for (int64_t x = 0; x < cols; ++x)
-        add(images, a + y * sa.row + x * sa.pixel, sa.image, c + y * sc.row + x * sc.pixel,
-            sc.image);
+        add(images, y * sa.row + x * sa.pixel, sa.image, c + y * sc.row + x * sc.pixel, sc.image);
   }
+}
+
+// Where the taps that meet an axis' outputs change, within some outputs.
+std::vector<Interval> bands(const TapAxis& axis, Interval outputs) {
+  std::vector<int64_t> edges{outputs.begin, outputs.end};
+  for (int64_t t = 0; t < axis.taps(); ++t) {
+    const Interval inside = intersect(outputs, axis.inside(t));
+    edges.push_back(inside.begin);
+    edges.push_back(inside.end);
+  }
+  std::sort(edges.begin(), edges.end());
+  std::vector<Interval> result;
+  for (size_t i = 0; i + 1 < edges.size(); ++i)
+    if (edges[i] < edges[i + 1]) result.push_back({edges[i], edges[i + 1]});
+  return result;
 }
 
 // --------------------------------------------------------------------------------------- tasks
@@ -239,29 +253,40 @@ class Strips {
       sum_t* corner =
           to + (phase.row0 - task.rows.begin) * strides.row + phase.col0 * strides.pixel;
       const Strides steps{strides.image, strides.row * k_.row_step, strides.pixel * k_.col_step};
-      for (int64_t i = 0; i < phase.rows.taps(); ++i)
-        add_row_tap(task, phase, i, y, weights, width, corner, steps);
+      for (const Interval& band : bands(phase.rows, y))
+        add_band(task, phase, band, weights, width, corner, steps);
     }
     if (!writes_in_place()) store(task, o0, width, to);
   }
 
-  // Adds what the kernel row of a tap gives to a phase's outputs.
-  void add_row_tap(const Task& task, const Phase& phase, int64_t i, Interval rows,
-                   const operand_t* weights, int64_t width, sum_t* to, Strides strides) const {
-    const int64_t step = phase.rows.step, offset = phase.rows.offset(i);
-    const Interval y = intersect(rows, phase.rows.inside(i));
-    if (length(y) == 0) return;
+  // Adds up the kernel rows that meet a band of outputs.
+  void add_band(const Task& task, const Phase& phase, Interval band, const operand_t* weights,
+                int64_t width, sum_t* to, Strides strides) const {
     const Strides& from = task.strides;
+    const TapAxis& rows = phase.rows;
     for (const Segment& segment : phase.segments) {
       const int64_t x = segment.outputs.begin, j = segment.taps.begin;
       const int64_t col = x * phase.cols.step + phase.cols.offset(j);
-      multiply(
-          length(task.images), length(y), length(segment.outputs),
-          length(segment.taps) * k_.depth(), width,
-          task.source + (y.begin * step + offset - task.source_row) * from.row + col * from.pixel,
-          {from.image, from.row * step, from.pixel * phase.cols.step},
-          weights + (phase.first_tap + i * phase.cols.taps() + j) * k_.in_channels * k_.block(),
-          k_.block(), to + y.begin * strides.row + x * strides.pixel, strides);
+      const int64_t depth = length(segment.taps) * k_.depth();
+      std::vector<Factors<operand_t>> factors;
+      const auto flush = [&] {
+        if (factors.empty()) return;
+        multiply(length(task.images), length(band), length(segment.outputs), depth, width, factors,
+                 {from.image, from.row * rows.step, from.pixel * phase.cols.step}, k_.block(),
+                 to + band.begin * strides.row + x * strides.pixel, strides);
+        factors.clear();
+      };
+      for (int64_t i = 0; i < rows.taps(); ++i) {
+        const Interval inside = rows.inside(i);
+        if (band.begin < inside.begin || band.end > inside.end) continue;
+        const int64_t row = band.begin * rows.step + rows.offset(i) - task.source_row;
+        const int64_t tap = phase.first_tap + i * phase.cols.taps() + j;
+        factors.push_back({task.source + row * from.row + col * from.pixel,
+                           weights + tap * k_.in_channels * k_.block()});
+        // As many as are summed in registers.
+        if ((static_cast<int64_t>(factors.size()) + 1) * depth > kTerms) flush();
+      }
+      flush();
     }
   }
 

@@ -27,9 +27,11 @@ at::Tensor matrix(const scalar_t* data, int64_t rows, int64_t cols, int64_t ld) 
 
 template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
-            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate, bool padded) {
+            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate) {
   if constexpr (std::is_floating_point_v<scalar_t>) {
-    DLOPS_SIMD(matmul_in_order, scalar_t)(m, n, k, a, lda, b, ldb, padded, c, ldc, accumulate);
+    const Factors<scalar_t> factors{a, b};
+    DLOPS_SIMD(matmul_in_order, scalar_t)
+    (m, n, k, &factors, 1, 0, lda, ldb, false, c, ldc, accumulate);
   } else {
     at::AutoDispatchBelowAutograd below_autograd;
     at::Tensor product = matrix(c, m, n, ldc);
@@ -50,18 +52,33 @@ bool multiplies_bfloat16() {
 #endif
 }
 
-void matmul(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
-            const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+template <class T, class sum_t>
+void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+                      int64_t shift, int64_t lda, int64_t ldb, sum_t* c, int64_t ldc,
+                      bool accumulate) {
+  if constexpr (std::is_same_v<T, sum_t>) {
+    DLOPS_SIMD(matmul_in_order, T)
+    (m, n, k, factors, count, shift, lda, ldb, true, c, ldc, accumulate);
+  } else {
 #if defined(__x86_64__)
-  matmul_of_pairs(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+    matmul_of_pairs(m, n, k, factors, count, shift, lda, ldb, c, ldc, accumulate);
 #else
-  TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine");
+    TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine");
 #endif
+  }
 }
+
+#define DLOPS_INSTANTIATE_PADDED(T, sum_t)                                                        \
+  template void matmul_of_padded<T, sum_t>(int64_t, int64_t, int64_t, const Factors<T>*, int64_t, \
+                                           int64_t, int64_t, int64_t, sum_t*, int64_t, bool);
+
+DLOPS_INSTANTIATE_PADDED(double, double)
+DLOPS_INSTANTIATE_PADDED(float, float)
+DLOPS_INSTANTIATE_PADDED(c10::BFloat16, float)
 
 #define DLOPS_INSTANTIATE(scalar_t)                                                   \
   template void matmul<scalar_t>(int64_t, int64_t, int64_t, const scalar_t*, int64_t, \
-                                 const scalar_t*, int64_t, scalar_t*, int64_t, bool, bool);
+                                 const scalar_t*, int64_t, scalar_t*, int64_t, bool);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)

@@ -1,9 +1,9 @@
 // The matrix product that the convolution's panels go through.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
+
+#include "cpu/simd/matmul.h"
 
 namespace dlops::cpu {
 
@@ -12,20 +12,24 @@ namespace dlops::cpu {
 // A may overlap (lda < k), and so may those of B (ldb < n). It sums 256 terms at a time and then
 // adds what was there, which keeps rounding errors near those of native, and it sums an element
 // alike wherever it stands in a matrix of any size, which BLAS does not: an image's result must not
-// depend on its neighbours in a panel. Complex numbers and integers go through at::mm. `padded`:
-// kPadding elements may be read after the last one of B.
-constexpr int64_t kPadding = 64;
+// depend on its neighbours in a panel. Complex numbers and integers go through at::mm.
 template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
-            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate, bool padded = false);
+            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate);
 
-// Whether the machine multiplies bfloat16 numbers, with sums in float32. The product below is for
-// such machines only.
+// Whether the machine multiplies bfloat16 numbers, with sums in float32.
 bool multiplies_bfloat16();
-// As above, for an even k and a padded B whose rows stand in pairs: element (i, j) at
-// b[i / 2][j][i % 2], the pairs `ldb` pairs of numbers apart. A part of B that begins at an even
-// row i begins at b + i * ldb, as in a row-major matrix.
-void matmul(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
-            const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
+
+// Elements that the next product may read after the last one of B.
+constexpr int64_t kPadding = 64;
+
+// C = the sum of A B over `count` factors, or C += it. Their A begin `shift` further on than they
+// say. T is double, float, or on machines that multiply bfloat16 that: then k is even, and the rows
+// of B stand in pairs, element (i, j) at b[i / 2][j][i % 2], the pairs `ldb` pairs of numbers
+// apart. A part of B that begins at an even row i begins at b + i * ldb, as in a row-major matrix.
+template <class T, class sum_t>
+void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+                      int64_t shift, int64_t lda, int64_t ldb, sum_t* c, int64_t ldc,
+                      bool accumulate);
 
 }  // namespace dlops::cpu

@@ -205,6 +205,10 @@ def check_agrees(ours: dict[str, Tensor], theirs: dict[str, Tensor], op: str, ca
             # Infinity times padding is NaN, or is left out: native's own kernels differ.
             left_out = measured.isnan() & ~result.isnan()
             measured = torch.where(left_out, in_double(result), measured)
+        if op == "conv2d" and torch.bfloat16 in (result.dtype, rounding(call)):
+            # Infinity times a denormal number, which is taken as zero (absolute_as_multiplied).
+            as_zero = measured.isinf() & result.isnan()
+            measured = measured.masked_fill(as_zero, float("nan"))
         if op == "sigmoid_focal_loss" and name == "gradient of targets":
             known = known_powers(call)
             result, expected, measured = result[known], expected[known], measured[known]

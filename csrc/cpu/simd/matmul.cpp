@@ -29,9 +29,6 @@ constexpr int rows_of(int vectors) {
   const int sums = DLOPS_CAPABILITY == 2 ? 24 : 12;
   return std::min(kTallest, sums / vectors);
 }
-// Terms that are summed in registers before they join C: long chains of roundings cost accuracy.
-constexpr int64_t kTerms = 256;
-
 // The size of a part where `count` is cut into as few as possible, of at most `most` and about
 // the same size.
 int64_t even_part(int64_t count, int64_t most) {
@@ -71,8 +68,10 @@ struct Operand<c10::BFloat16> {
 template <class T>
 struct Tile {
   using sum_t = typename Operand<T>::sum_t;
-  int64_t width, terms;
-  const T *a, *b;
+  int64_t width, terms;  // of each of the factors
+  const Factors<T>* factors;
+  int64_t count;
+  int64_t a, b;  // where the tile begins in theirs
   int64_t lda, ldb;
   sum_t* c;
   int64_t ldc;
@@ -90,16 +89,18 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
   for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sums[i][v] = V(sum_t(0));
-  const T *a = t.a, *b = t.b;
-  for (int64_t term = 0; term < t.terms; term += O::kStep, a += O::kStep, b += O::kStep * t.ldb) {
-    typename O::Register factors[vectors];
+  for (int64_t f = 0; f < t.count; ++f) {
+    const T *a = t.factors[f].a + t.a, *b = t.factors[f].b + t.b;
+    for (int64_t term = 0; term < t.terms; term += O::kStep, a += O::kStep, b += O::kStep * t.ldb) {
+      typename O::Register row[vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) factors[v] = O::load(b + O::kStep * v * V::size());
+      for (int v = 0; v < vectors; ++v) row[v] = O::load(b + O::kStep * v * V::size());
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const typename O::Register factor = O::spread(a + i * t.lda);
+      for (int i = 0; i < rows; ++i) {
+        const typename O::Register factor = O::spread(a + i * t.lda);
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) sums[i][v] = O::add(factor, factors[v], sums[i][v]);
+        for (int v = 0; v < vectors; ++v) sums[i][v] = O::add(factor, row[v], sums[i][v]);
+      }
     }
   }
   const auto finish = [&](const auto& store) {
@@ -136,47 +137,73 @@ Multiply<T> multiply_of(int64_t rows, int64_t vectors) {
   return table[static_cast<size_t>(vectors - 1)][static_cast<size_t>(rows - 1)];
 }
 
-// Rows of B side by side, filled up with zeros.
+// Rows of the only B side by side, filled up with zeros.
 template <class T>
 void pack(const Tile<T>& t, int64_t vectors, T* to) {
   using V = Vec<T>;
   const int64_t tail = t.width - (vectors - 1) * V::size();
   for (int64_t term = 0; term < t.terms; ++term, to += vectors * V::size()) {
-    const T* from = t.b + term * t.ldb;
+    const T* from = t.factors->b + t.b + term * t.ldb;
     for (int64_t v = 0; v + 1 < vectors; ++v)
       V::loadu(from + v * V::size()).store(to + v * V::size());
     V::loadu(from + (vectors - 1) * V::size(), tail).store(to + (vectors - 1) * V::size());
   }
 }
 
-// With `packed` as room for a tile of B: null where a vector may be read past a row of B.
+// Some of the terms of some of the factors, which are summed in registers.
 template <class T>
-void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
-             typename Operand<T>::sum_t* c, int64_t ldc, bool accumulate, T* packed) {
+void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
+               typename Operand<T>::sum_t* c, T* packed) {
   constexpr int64_t L = Vec<typename Operand<T>::sum_t>::size();
   const int64_t columns = even_part((n + L - 1) / L, kWidest) * L;
   const int64_t rows = even_part(m, rows_of(static_cast<int>(columns / L)));
-  // One round at least, so that an empty sum is written too.
-  for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kTerms) {
-    Tile<T> t{0,   std::min(kTerms, k - k0), nullptr, nullptr, lda, ldb, nullptr,
-              ldc, accumulate || k0 > 0};
-    for (int64_t j = 0; j < n; j += columns) {
-      t.width = std::min(columns, n - j);
-      const int64_t vectors = (t.width + L - 1) / L;
-      t.b = b + k0 * ldb + j * Operand<T>::kStep;
-      t.ldb = ldb;
-      if constexpr (Operand<T>::kStep == 1) {
-        if (packed != nullptr && t.width % L != 0) {
-          pack(t, vectors, packed);
-          t.b = packed;
-          t.ldb = vectors * L;
-        }
+  const Factors<T> only{t.factors->a, packed};
+  for (int64_t j = 0; j < n; j += columns) {
+    Tile<T> part = t;
+    part.width = std::min(columns, n - j);
+    part.b = k0 * t.ldb + j * Operand<T>::kStep;
+    const int64_t vectors = (part.width + L - 1) / L;
+    if constexpr (Operand<T>::kStep == 1) {
+      if (packed != nullptr && part.width % L != 0) {
+        pack(part, vectors, packed);
+        part.factors = &only;
+        part.b = 0;
+        part.ldb = vectors * L;
       }
-      for (int64_t i = 0; i < m; i += rows) {
-        t.a = a + i * lda + k0;
-        t.c = c + i * ldc + j;
-        multiply_of<T>(std::min(rows, m - i), vectors)(t);
-      }
+    }
+    for (int64_t i = 0; i < m; i += rows) {
+      part.a = shift + i * t.lda + k0;
+      part.c = c + i * t.ldc + j;
+      multiply_of<T>(std::min(rows, m - i), vectors)(part);
+    }
+  }
+}
+
+// `packed`: room for a tile of B, or null where a vector may be read past a row of it.
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+             int64_t shift, int64_t lda, int64_t ldb, typename Operand<T>::sum_t* c, int64_t ldc,
+             bool accumulate, T* packed) {
+  // As many factors at a time as have kTerms terms. One round at least, so that an empty sum is
+  // written too.
+  const int64_t together =
+      packed == nullptr ? std::max<int64_t>(1, kTerms / std::max<int64_t>(1, k)) : 1;
+  for (int64_t f = 0; f == 0 || f < count; f += together) {
+    for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kTerms) {
+      const bool first = f == 0 && k0 == 0;
+      add_terms(m, n, k0,
+                Tile<T>{.width = 0,
+                        .terms = std::min(kTerms, k - k0),
+                        .factors = factors + f,
+                        .count = std::min(together, count - f),
+                        .a = 0,
+                        .b = 0,
+                        .lda = lda,
+                        .ldb = ldb,
+                        .c = nullptr,
+                        .ldc = ldc,
+                        .accumulate = accumulate || !first},
+                shift, c, packed);
     }
   }
 }
@@ -184,22 +211,25 @@ void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* 
 }  // namespace
 
 template <int capability, class T>
-void matmul_in_order(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
-                     int64_t ldb, bool padded, T* c, int64_t ldc, bool accumulate) {
+void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+                     int64_t shift, int64_t lda, int64_t ldb, bool padded, T* c, int64_t ldc,
+                     bool accumulate) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
-  product(m, n, k, a, lda, b, ldb, c, ldc, accumulate, padded ? nullptr : packed);
+  product(m, n, k, factors, count, shift, lda, ldb, c, ldc, accumulate, padded ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
-void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
-                     const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  product<c10::BFloat16>(m, n, k, a, lda, b, ldb, c, ldc, accumulate, nullptr);
+void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                     int64_t count, int64_t shift, int64_t lda, int64_t ldb, float* c, int64_t ldc,
+                     bool accumulate) {
+  product<c10::BFloat16>(m, n, k, factors, count, shift, lda, ldb, c, ldc, accumulate, nullptr);
 }
 #endif
 
 #define DLOPS_INSTANTIATE(T)                                                                       \
-  template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const T*, int64_t, \
-                                                     const T*, int64_t, bool, T*, int64_t, bool);
+  template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const Factors<T>*, \
+                                                     int64_t, int64_t, int64_t, int64_t, bool, T*, \
+                                                     int64_t, bool);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)

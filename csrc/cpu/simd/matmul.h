@@ -8,13 +8,24 @@
 
 namespace dlops::cpu {
 
-// C = A B, or C += A B, as in cpu/matmul.h. `padded`: a vector may be read from wherever a row of B
-// has an element.
+// Terms that are summed in registers before they join C: long chains of roundings cost accuracy.
+constexpr int64_t kTerms = 256;
+
+// Matrices of a product, as in cpu/matmul.h.
+template <class T>
+struct Factors {
+  const T *a, *b;
+};
+
+// C = the sum of A B over the factors, or C += it; their A begin `shift` further on. `padded`: a
+// vector may be read from wherever a row of B has an element.
 template <int capability, class T>
-void matmul_in_order(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
-                     int64_t ldb, bool padded, T* c, int64_t ldc, bool accumulate);
-// The product of bfloat16 in cpu/matmul.h, on machines with AVX512_BF16.
-void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
-                     const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
+void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+                     int64_t shift, int64_t lda, int64_t ldb, bool padded, T* c, int64_t ldc,
+                     bool accumulate);
+// The same of bfloat16, whose B are padded and in pairs, on machines with AVX512_BF16.
+void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                     int64_t count, int64_t shift, int64_t lda, int64_t ldb, float* c, int64_t ldc,
+                     bool accumulate);
 
 }  // namespace dlops::cpu
