@@ -33,7 +33,7 @@ from checks import (
     threads,
     values_and_gradients,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import DTYPES, assert_accurate, comparable
 from torch import Tensor
@@ -319,19 +319,19 @@ sizes = partial(st.integers, 1)
 
 
 @st.composite
-def conv2d_cases(draw: st.DrawFn) -> Conv2dCase:
+def conv2d_cases(draw: st.DrawFn, most_images: int = 3, most_channels: int = 4) -> Conv2dCase:
     def pair(low: int, high: int) -> tuple[int, int]:
         return draw(st.integers(low, high)), draw(st.integers(low, high))
 
     groups = draw(sizes(3))
     kernel, dilation, padding = pair(1, 4), pair(1, 3), pair(0, 3)
-    channels, outputs = draw(sizes(4)), draw(sizes(4))
+    channels, outputs = draw(sizes(most_channels)), draw(sizes(most_channels))
     # At least as large as the kernel reaches, less what the padding gives.
     least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
     image = [draw(st.integers(size, size + 9)) for size in least]
     return Conv2dCase(
         "drawn",
-        (draw(sizes(3)), groups * channels, image[0], image[1]),
+        (draw(sizes(most_images)), groups * channels, image[0], image[1]),
         (groups * outputs, channels, *kernel),
         stride=pair(1, 3),
         padding=padding,
@@ -369,3 +369,23 @@ def test_gradients_are_adjoint(case: Conv2dCase) -> None:
 @given(conv2d_cases())
 def test_equals_native(case: Conv2dCase) -> None:
     check_exact(*both(case), case.tensors(small_integers), torch.float32)
+
+
+@pytest.mark.property
+@settings(max_examples=100)
+@given(
+    case=conv2d_cases(most_images=40, most_channels=40),
+    layout=st.sampled_from([torch.Tensor.contiguous, channels_last]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_sums_are_rounded_once(case: Conv2dCase, layout: Any, dtype: torch.dtype) -> None:
+    """Sums of small integers are exact before they are rounded, in every kernel and for every
+    remainder that its tiles leave."""
+    input, weight, bias = case.tensors(small_integers)
+    inputs = [layout(input), layout(weight), bias]
+    ours, native = both(case)
+    truth = values_and_gradients(native, inputs, dtype, fill=small_integers)
+    for name, result in values_and_gradients(
+        ours, cast(inputs, dtype), fill=small_integers
+    ).items():
+        assert torch.equal(result, truth[name].to(dtype)), f"{name} in {dtype}"
