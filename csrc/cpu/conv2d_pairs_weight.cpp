@@ -28,23 +28,25 @@ struct Cut {
   int64_t rows, images, strips, units;
   Cut(const Conv2dGeometry& g, const PlaneLayout& layout) {
     constexpr int64_t kTasks = 8;
-    const int64_t channel = layout.phases_h * layout.phases_w * g.channels_per_group();
-    const int64_t outputs = g.outputs_per_group();
-    const int64_t image =
-        (channel * (g.OH + layout.reach_h) + outputs * g.OH) * layout.pitch;  // elements of one
+    const int64_t image = elements(g, layout, g.OH);
     rows = g.OH;
     images = 1;
     if (image <= kUnitElements) {
-      const int64_t tasks = ceil_div(kTasks, g.groups * ceil_div(outputs, kBlock));
+      const int64_t tasks = ceil_div(kTasks, g.groups * ceil_div(g.outputs_per_group(), kBlock));
       const int64_t fitting = std::min(kUnitElements / image, ceil_div(g.N, tasks));
       images = ceil_div(g.N, ceil_div(g.N, fitting));
     } else {
-      const int64_t fitting =
-          (kUnitElements / layout.pitch - channel * layout.reach_h) / (channel + outputs);
-      rows = ceil_div(g.OH, ceil_div(g.OH, std::clamp<int64_t>(fitting, 1, g.OH)));
+      const int64_t margins = elements(g, layout, 0), row = elements(g, layout, 1) - margins;
+      const int64_t fitting = std::max<int64_t>(1, (kUnitElements - margins) / row);
+      rows = ceil_div(g.OH, ceil_div(g.OH, std::min(fitting, g.OH)));
     }
     strips = ceil_div(g.OH, rows);
     units = ceil_div(g.N, images) * strips;
+  }
+  // The planes and the gradient of some output rows of an image.
+  static int64_t elements(const Conv2dGeometry& g, const PlaneLayout& layout, int64_t rows) {
+    return g.channels_per_group() * layout.channel_size(rows) +
+           g.outputs_per_group() * rows * layout.pitch;
   }
 };
 
@@ -350,7 +352,9 @@ class ImagesByPairs {
 bool takes_pairs(const Conv2dGeometry& g, at::ScalarType dtype) {
   constexpr int64_t kThin = 8;
   const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < kThin;
-  return dtype == at::kBFloat16 && multiplies_bfloat16() && !thin && PlaneLayout(g).compact(g);
+  const PlaneLayout layout(g);
+  return dtype == at::kBFloat16 && multiplies_bfloat16() && !thin && layout.compact(g) &&
+         Cut::elements(g, layout, 1) <= 4 * kUnitElements;
 }
 
 bool pairs_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
