@@ -17,7 +17,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_conv2d, report, run  # noqa: E402
+from benchmarks import bench_conv2d, report, run, steps  # noqa: E402
 from benchmarks.check import Baseline  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
@@ -114,6 +114,18 @@ def test_contenders_take_turns() -> None:
     times = interleave({"a": step("a"), "b": step("b")}, CPU, Budget(seconds=0.0, min_rounds=4))
     assert "".join(calls).endswith("abababab")
     assert times["a"]["rounds"] == times["b"]["rounds"] == 4
+
+
+def test_training_steps() -> None:
+    batch, times, ratio = steps.compare("vanilla", torch.float32, "channels_last", BUDGET)
+    assert batch == 128
+    assert ratio == times["torch"]["median_s"] / times["dlops"]["median_s"]
+
+
+def test_training_that_goes_another_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "AGREEMENT", -1.0)
+    with pytest.raises(AssertionError, match="losses lie"):
+        steps.compare("vanilla", torch.float32, "NCHW", BUDGET)
 
 
 def test_convolution_work() -> None:

@@ -318,11 +318,13 @@ void transpose_tiles(const from_t* from, int64_t from_ld, int64_t rows, int64_t 
   const auto turn = [](const low_t* a, int64_t a_ld, int64_t m, int64_t n, low_t* b, int64_t b_ld) {
     at::vec::transpose_mxn<low_t>(a, a_ld, b, b_ld, static_cast<int>(m), static_cast<int>(n));
   };
+  // Its masks of 31 elements overflow an int.
+  const auto part = [&](int64_t rest) { return rest == 31 ? 16 : std::min(size, rest); };
   alignas(64) low_t tile[size * size];
-  for (int64_t i = 0; i < rows; i += size) {
-    const int64_t m = std::min(size, rows - i);
-    for (int64_t j = 0; j < cols; j += size) {
-      const int64_t n = std::min(size, cols - j);
+  for (int64_t i = 0, m; i < rows; i += m) {
+    m = part(rows - i);
+    for (int64_t j = 0, n; j < cols; j += n) {
+      n = part(cols - j);
       const from_t* a = from + i * from_ld + j;
       to_t* b = to + j * to_ld + i;
       if constexpr (std::is_same_v<from_t, to_t>) {
