@@ -69,7 +69,7 @@ class PairSums {
   // Adds up the chunks in their order and turns the sums round to [output][channel][cell], or
   // channels_last [output][cell][channel].
   void finish(c10::BFloat16* result, bool last) const {
-    constexpr int64_t kTile = 32;
+    constexpr int64_t kTile = 16;
     const auto add = DLOPS_SIMD(add_row, float, float);
     const auto flip = DLOPS_SIMD(transpose, float, c10::BFloat16);
     const int64_t cells = g_.R * g_.S, channels = g_.channels_per_group(), size = cells * channels;
