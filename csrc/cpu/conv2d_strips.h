@@ -6,8 +6,8 @@
 // for each kernel row r is one matrix product of depth S * C, whose left matrix is the image itself
 // with rows that overlap. Pixels at the border, which see fewer cells, are products of their own:
 // nothing is multiplied with padding. The gradient of the input is the same with the roles of input
-// and output exchanged, one part for each phase of the stride. Contiguous (NCHW) images and
-// low-precision ones are brought into that form a strip of rows at a time.
+// and output exchanged, one part for each phase of the stride. Contiguous (NCHW) images, and those
+// of a type that is not multiplied as it is, are brought into that form a strip of rows at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
