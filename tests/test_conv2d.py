@@ -372,11 +372,11 @@ def test_equals_native(case: Conv2dCase) -> None:
 
 
 @pytest.mark.property
-@settings(max_examples=100)
+@parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=ids)
+@settings(max_examples=40)
 @given(
     case=conv2d_cases(most_images=40, most_channels=40),
     layout=st.sampled_from([torch.Tensor.contiguous, channels_last]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_sums_are_rounded_once(case: Conv2dCase, layout: Any, dtype: torch.dtype) -> None:
     """Sums of small integers are exact before they are rounded, in every kernel and for every
