@@ -123,7 +123,7 @@ def test_training_steps() -> None:
 
 
 def test_training_that_goes_another_way_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "AGREEMENT", -1.0)
+    monkeypatch.setitem(steps.AGREEMENT, torch.float32, -1.0)
     with pytest.raises(AssertionError, match="losses lie"):
         steps.compare("vanilla", torch.float32, "NCHW", BUDGET)
 

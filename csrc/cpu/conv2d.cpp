@@ -110,8 +110,7 @@ constexpr int64_t kTurnedElements = 128 * 1024;
 
 // Groups with few channels make thin matrices in channels_last: those run contiguous.
 at::MemoryFormat compute_format(const Conv2dGeometry& g, at::MemoryFormat format) {
-  const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
-  return thin ? at::MemoryFormat::Contiguous : format;
+  return has_thin_groups(g) ? at::MemoryFormat::Contiguous : format;
 }
 
 // ------------------------------------------------------------------------------------ forward

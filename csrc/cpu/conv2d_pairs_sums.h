@@ -33,6 +33,10 @@ class PairSums {
   PairSums(const PairSums&) = delete;
   PairSums& operator=(const PairSums&) = delete;
 
+  // As many parts of the batch as give every thread some, where all blocks of outputs do not.
+  static int64_t tasks_per_block(const Conv2dGeometry& g) {
+    return ceil_div(kTasks, g.groups * ceil_div(g.outputs_per_group(), kBlock));
+  }
   int64_t blocks() const { return ceil_div(g_.outputs_per_group(), kBlock); }
   int64_t width(int64_t block) const {
     return std::min(kBlock, g_.outputs_per_group() - block * kBlock);

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "cpu/conv2d_pairs_sums.h"
+#include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/matmul.h"
 #include "cpu/simd/conv2d_planes.h"
@@ -27,12 +28,11 @@ struct Unit {
 struct Cut {
   int64_t rows, images, strips, units;
   Cut(const Conv2dGeometry& g, const PlaneLayout& layout) {
-    constexpr int64_t kTasks = 8;
     const int64_t image = elements(g, layout, g.OH);
     rows = g.OH;
     images = 1;
     if (image <= kUnitElements) {
-      const int64_t tasks = ceil_div(kTasks, g.groups * ceil_div(g.outputs_per_group(), kBlock));
+      const int64_t tasks = PairSums::tasks_per_block(g);
       const int64_t fitting = std::min(kUnitElements / image, ceil_div(g.N, tasks));
       images = ceil_div(g.N, ceil_div(g.N, fitting));
     } else {
@@ -221,10 +221,10 @@ class PlanesByPairs {
 
 // Images of a unit, where products run over images; else 0.
 int64_t many_images(const Conv2dGeometry& g) {
-  constexpr int64_t kFewPixels = 36, kMany = 32, kTasks = 8;
+  constexpr int64_t kFewPixels = 36, kMany = 32;
   const int64_t image =
       g.H * g.W * g.channels_per_group() + g.output_pixels() * g.outputs_per_group();
-  const int64_t tasks = ceil_div(kTasks, g.groups * ceil_div(g.outputs_per_group(), kBlock));
+  const int64_t tasks = PairSums::tasks_per_block(g);
   const int64_t fitting = std::min(kUnitElements * 3 / 2 / image, std::max(kMany, g.N / tasks));
   if (g.output_pixels() > kFewPixels || std::min(fitting, g.N) < kMany) return 0;
   return ceil_div(g.N, ceil_div(g.N, fitting));
@@ -350,11 +350,9 @@ class ImagesByPairs {
 }  // namespace
 
 bool takes_pairs(const Conv2dGeometry& g, at::ScalarType dtype) {
-  constexpr int64_t kThin = 8;
-  const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < kThin;
   const PlaneLayout layout(g);
-  return dtype == at::kBFloat16 && multiplies_bfloat16() && !thin && layout.compact(g) &&
-         Cut::elements(g, layout, 1) <= 4 * kUnitElements;
+  return dtype == at::kBFloat16 && multiplies_bfloat16() && !has_thin_groups(g) &&
+         layout.compact(g) && Cut::elements(g, layout, 1) <= 4 * kUnitElements;
 }
 
 bool pairs_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

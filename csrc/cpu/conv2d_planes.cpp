@@ -294,8 +294,7 @@ void grad_weight(const Conv2dGeometry& g, const scalar_t* grad_output, const sca
 bool takes_planes(const Conv2dGeometry& g, at::ScalarType dtype) {
   const bool floating =
       dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf;
-  const bool few = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
-  return floating && few && PlaneLayout(g).compact(g);
+  return floating && has_thin_groups(g) && PlaneLayout(g).compact(g);
 }
 
 void planes_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,

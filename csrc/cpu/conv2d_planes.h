@@ -4,9 +4,16 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
+
 #include "conv2d_math.h"
 
 namespace dlops::cpu {
+
+// Groups that make thin matrices.
+inline bool has_thin_groups(const Conv2dGeometry& g) {
+  return g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < 8;
+}
 
 // Whether these kernels take a convolution of this type, and gain by it.
 bool takes_planes(const Conv2dGeometry& g, at::ScalarType dtype);

@@ -11,6 +11,7 @@
 
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_packed_weights.h"
+#include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
@@ -356,8 +357,7 @@ void correlate(Correlation k, const at::Tensor& source, const at::Tensor& weight
 bool takes_strips(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryFormat format) {
   const bool floating =
       dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
-  constexpr int64_t kThin = 8, kLargePlane = 64;
-  const bool thin = g.groups > 1 && std::min(g.channels_per_group(), g.outputs_per_group()) < kThin;
+  constexpr int64_t kLargePlane = 64;
   // Strides far past the image would make strips of padding.
   const auto compact = [](int64_t outputs, int64_t size, int64_t stride) {
     return outputs <= 1 || stride / 4 <= (size + 64) / (outputs - 1);
@@ -367,7 +367,7 @@ bool takes_strips(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryForma
                       g.stride_h == 1 && g.stride_w == 1 && g.pad_top == 0 && g.pad_left == 0 &&
                       g.OH == g.H && g.OW == g.W && g.output_pixels() >= kLargePlane &&
                       !(dtype == at::kBFloat16 && multiplies_bfloat16());
-  return floating && !thin && !planes && compact(g.OH, g.H, g.stride_h) &&
+  return floating && !has_thin_groups(g) && !planes && compact(g.OH, g.H, g.stride_h) &&
          compact(g.OW, g.W, g.stride_w);
 }
 
