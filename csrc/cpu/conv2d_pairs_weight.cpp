@@ -1,6 +1,7 @@
 #include "cpu/conv2d_pairs_weight.h"
 
 #include <atomic>
+#include <vector>
 
 #include "cpu/conv2d_pairs_sums.h"
 #include "cpu/conv2d_planes.h"
@@ -69,8 +70,8 @@ class PlanesByPairs {
                       Scratch::size<BFloat16>(space_size()));
       const Space space{scratch.take<BFloat16>(planes_size()), scratch.take<BFloat16>(pairs_size()),
                         scratch.take<BFloat16>(space_size())};
-      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks) {
-        if (finite && !add_unit(chunk, group, unit, blocks, space)) finite = false;
+      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks, bool first) {
+        if (finite && !add_unit(chunk, group, unit, blocks, first, space)) finite = false;
       });
     });
     if (finite) sums_.finish(result, last);
@@ -97,9 +98,7 @@ class PlanesByPairs {
   int64_t planes_size() const {
     return cut_.images * channels() * layout_.channel_size(cut_.rows) + kPlaneSlack;
   }
-  int64_t pairs_size() const {
-    return cut_.images * pairs(cut_.rows) * 2 * sums_.most_blocks() * kBlock + kPadding;
-  }
+  int64_t pairs_size() const { return cut_.images * pairs(cut_.rows) * 2 * outputs() + kPadding; }
   int64_t space_size() const {
     const int64_t rows = std::min(g_.H, (cut_.rows + layout_.reach_h) * g_.stride_h);
     const int64_t grad = kBlock * pairs(cut_.rows) * 2 + layout_.pitch;
@@ -107,7 +106,8 @@ class PlanesByPairs {
   }
 
   // False if one of its numbers is not finite.
-  bool add_unit(int64_t chunk, int64_t group, int64_t index, Interval blocks, Space space) const {
+  bool add_unit(int64_t chunk, int64_t group, int64_t index, Interval blocks, bool first,
+                Space space) const {
     Unit unit;
     unit.image = index / cut_.strips * cut_.images;
     unit.images = std::min(g_.N - unit.image, cut_.images);
@@ -123,7 +123,7 @@ class PlanesByPairs {
     if (!finite(space.planes, unit.images * channels() * unit.plane) ||
         !finite(space.pairs, to - space.pairs))
       return false;
-    multiply(chunk, group, unit, blocks, space);
+    multiply(chunk, group, unit, blocks, first, space);
     return true;
   }
 
@@ -190,22 +190,24 @@ class PlanesByPairs {
     turn(space, unit.pairs, width, unit.pairs, to, width);
   }
 
-  void multiply(int64_t chunk, int64_t group, const Unit& unit, Interval blocks,
+  void multiply(int64_t chunk, int64_t group, const Unit& unit, Interval blocks, bool first,
                 Space space) const {
-    for (int64_t cell = 0; cell < g_.R * g_.S; ++cell) {
-      const int64_t offset = layout_.offset(g_, unit.rows, cell / g_.S, cell % g_.S);
+    std::vector<Factors<BFloat16>> factors;  // of all images, for each block
+    const BFloat16* b = space.pairs;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * sums_.width(block))
+        factors.push_back({space.planes + n * channels() * unit.plane, b});
+    }
+    for (int64_t i = 0; i < sums_.cells(); ++i) {
+      const int64_t r = sums_.cell(i) / g_.S, s = sums_.cell(i) % g_.S;
+      const int64_t offset = layout_.offset(g_, unit.rows, r, s);
       for (int64_t c = 0; c < channels(); c += kBlock) {
-        const BFloat16* b = space.pairs;
-        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-          const int64_t width = sums_.width(block);
-          for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * width) {
-            const Factors<BFloat16> factors{
-                space.planes + (n * channels() + c) * unit.plane + offset, b};
-            matmul_of_padded(std::min(kBlock, channels() - c), width, unit.pairs * 2, &factors, 1,
-                             0, unit.plane, width, sums_.at(chunk, group, cell, c, block),
-                             sums_.ld(), true);
-          }
-        }
+        const Factors<BFloat16>* images = factors.data();
+        for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images)
+          matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), unit.pairs * 2,
+                           images, unit.images, offset + c * unit.plane, unit.plane,
+                           sums_.width(block), sums_.at(chunk, group, i, c, block), sums_.ld(),
+                           !first);
       }
     }
   }
@@ -250,13 +252,13 @@ class ImagesByPairs {
       BFloat16* input = scratch.take<BFloat16>(input_size());
       BFloat16* pairs = scratch.take<BFloat16>(pairs_size());
       BFloat16* space = scratch.take<BFloat16>(space_size());
-      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks) {
+      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks, bool first) {
         const int64_t n0 = unit * images_, count = std::min(g_.N, n0 + images_) - n0;
         turn_input(n0, count, group * channels(), input);
         for (int64_t block = blocks.begin; block < blocks.end; ++block)
           fill_pairs(n0, count, group * g_.outputs_per_group() + block * kBlock, sums_.width(block),
                      pairs + (block - blocks.begin) * block_size(), space);
-        multiply(chunk, group, blocks, input, pairs);
+        multiply(chunk, group, blocks, first, input, pairs);
       });
     });
     sums_.finish(result, last);
@@ -267,7 +269,7 @@ class ImagesByPairs {
   int64_t pixels() const { return g_.H * g_.W; }
   int64_t block_size() const { return g_.output_pixels() * depth_ * kBlock; }
   int64_t input_size() const { return pixels() * channels() * depth_; }
-  int64_t pairs_size() const { return sums_.most_blocks() * block_size() + kPadding; }
+  int64_t pairs_size() const { return sums_.blocks() * block_size() + kPadding; }
   int64_t space_size() const { return 2 * g_.output_pixels() * kBlock; }
 
   // Images innermost: [channel][pixel][image], or channels_last [pixel][channel][image].
@@ -314,31 +316,35 @@ class ImagesByPairs {
     }
   }
 
-  void multiply(int64_t chunk, int64_t group, Interval blocks, const BFloat16* input,
+  void multiply(int64_t chunk, int64_t group, Interval blocks, bool first, const BFloat16* input,
                 const BFloat16* pairs) const {
     const int64_t channel = input_.last ? depth_ : pixels() * depth_;
-    const int64_t pixel = input_.last ? channels() * depth_ : depth_;
-    for (int64_t cell = 0; cell < g_.R * g_.S; ++cell) {
-      const int64_t r = cell / g_.S, s = cell % g_.S;
-      const Interval inside = inside_columns(g_, s);
-      for (int64_t c = 0; c < channels(); c += kBlock) {
-        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-          const BFloat16* b = pairs + (block - blocks.begin) * block_size();
-          for (int64_t y = 0; y < g_.OH; ++y) {
-            const int64_t h = g_.input_row(y, r);
-            if (!g_.row_inside(h)) continue;
-            for (int64_t x = inside.begin; x < inside.end; ++x) {
-              const Factors<BFloat16> factors{
-                  input + c * channel + (h * g_.W + g_.input_col(x, s)) * pixel,
-                  b + (y * g_.OW + x) * depth_ * kBlock};
-              matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), depth_,
-                               &factors, 1, 0, channel, kBlock,
-                               sums_.at(chunk, group, cell, c, block), sums_.ld(), true);
-            }
-          }
-        }
+    for (int64_t i = 0; i < sums_.cells(); ++i) {
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const std::vector<Factors<BFloat16>> met =
+            meetings(sums_.cell(i), input, pairs + (block - blocks.begin) * block_size());
+        for (int64_t c = 0; c < channels(); c += kBlock)
+          matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), depth_, met.data(),
+                           static_cast<int64_t>(met.size()), c * channel, channel, kBlock,
+                           sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
       }
     }
+  }
+
+  // The pixels of the input that a kernel cell meets, and those of the gradient where it does.
+  std::vector<Factors<BFloat16>> meetings(int64_t cell, const BFloat16* input,
+                                          const BFloat16* pairs) const {
+    const int64_t pixel = input_.last ? channels() * depth_ : depth_;
+    const Interval inside = inside_columns(g_, cell % g_.S);
+    std::vector<Factors<BFloat16>> result;
+    for (int64_t y = 0; y < g_.OH; ++y) {
+      const int64_t h = g_.input_row(y, cell / g_.S);
+      if (!g_.row_inside(h)) continue;
+      for (int64_t x = inside.begin; x < inside.end; ++x)
+        result.push_back({input + (h * g_.W + g_.input_col(x, cell % g_.S)) * pixel,
+                          pairs + (y * g_.OW + x) * depth_ * kBlock});
+    }
+    return result;
   }
 
   const Conv2dGeometry& g_;

@@ -24,12 +24,6 @@ struct ImageView {
   }
 };
 
-inline int64_t length(Interval i) { return i.end - i.begin; }
-inline Interval intersect(Interval a, Interval b) {
-  const int64_t begin = std::max(a.begin, b.begin);
-  return {begin, std::max(begin, std::min(a.end, b.end))};
-}
-
 // Channels `c` of rows `h` and columns `w` of image n as [row][column][channel]. Rows and columns
 // outside the image are zeros.
 template <class scalar_t, class sum_t>

@@ -10,6 +10,12 @@
 
 namespace dlops::cpu {
 
+inline int64_t length(Interval i) { return i.end - i.begin; }
+inline Interval intersect(Interval a, Interval b) {
+  const int64_t begin = std::max(a.begin, b.begin);
+  return {begin, std::max(begin, std::min(a.end, b.end))};
+}
+
 // Output position p of `outputs` meets the source at p * step + offsets[t], for each tap t, if that
 // lies in [0, inputs). Offsets ascend. cells[t] is the tap's place in the kernel.
 struct TapAxis {
