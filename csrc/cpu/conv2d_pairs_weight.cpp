@@ -204,10 +204,11 @@ class PlanesByPairs {
       for (int64_t c = 0; c < channels(); c += kBlock) {
         const Factors<BFloat16>* images = factors.data();
         for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images)
-          matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), unit.pairs * 2,
-                           images, unit.images, offset + c * unit.plane, unit.plane,
-                           sums_.width(block), sums_.at(chunk, group, i, c, block), sums_.ld(),
-                           !first);
+          matmul_of_padded(
+              std::min(kBlock, channels() - c), sums_.width(block), unit.pairs * 2, images,
+              unit.images,
+              {.lda = unit.plane, .ldb = sums_.width(block), .shift = offset + c * unit.plane},
+              sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
       }
     }
   }
@@ -325,7 +326,8 @@ class ImagesByPairs {
             meetings(sums_.cell(i), input, pairs + (block - blocks.begin) * block_size());
         for (int64_t c = 0; c < channels(); c += kBlock)
           matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), depth_, met.data(),
-                           static_cast<int64_t>(met.size()), c * channel, channel, kBlock,
+                           static_cast<int64_t>(met.size()),
+                           {.lda = channel, .ldb = kBlock, .shift = c * channel},
                            sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
       }
     }

@@ -2,17 +2,21 @@
 //
 //   grad_weight[o, r, (0 .. S-1), c] += grad_output[o, pixel] * input[pixel + (0 .. S-1), c]
 //
-// one matrix product whose depth is the pixels of a strip, with the gradient's channels apart and
-// the input in channels_last order. Where images are so small that a strip holds few pixels, its
-// depth is the images instead.
+// a sum of matrix products whose depth is the pixels of a row, a column or the images, with the
+// input in channels_last order and the gradient in either. Pixels at the border, which meet fewer
+// cells, are products of their own: nothing is multiplied with padding.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
+#include <array>
+#include <vector>
+
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/conv2d_strips.h"
+#include "cpu/conv2d_weight_tasks.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
@@ -20,160 +24,140 @@
 namespace dlops::cpu {
 namespace {
 
-constexpr int64_t kStripElements = 64 * 1024, kBatchElements = 256 * 1024;
-constexpr int64_t kTasks = 8;
-// What the sums of all chunks may take, where that is more than the gradient itself.
-constexpr int64_t kPartialElements = 512 * 1024;
-constexpr int64_t kFewPixels = 100, kManyImages = 16;
+// Positions that a sum runs over, and how far apart they are in A and in B.
+struct Axis {
+  int64_t count, a, b;
+};
+
+// C += A B, where the sum runs over three axes, the outermost first.
+template <class T>
+void add_products(int64_t m, int64_t n, Factors<T> at, int64_t lda, std::array<Axis, 3> axes, T* c,
+                  int64_t ldc) {
+  // An axis that goes on where the next one ends is a part of it.
+  for (size_t i = 1; i < axes.size(); ++i) {
+    Axis &outer = axes[i - 1], &inner = axes[i];
+    if (outer.a != inner.count * inner.a || outer.b != inner.count * inner.b) continue;
+    inner.count *= outer.count;
+    outer = {1, 0, 0};
+  }
+  const auto longest = std::max_element(
+      axes.begin(), axes.end(), [](const Axis& x, const Axis& y) { return x.count <= y.count; });
+  std::swap(*longest, axes.back());
+  const auto [outer, inner, depth] = axes;
+  std::vector<Factors<T>> factors;
+  for (int64_t i = 0; i < outer.count; ++i)
+    for (int64_t j = 0; j < inner.count; ++j)
+      factors.push_back({at.a + i * outer.a + j * inner.a, at.b + i * outer.b + j * inner.b});
+  matmul_of_padded(m, n, depth.count, factors.data(), static_cast<int64_t>(factors.size()),
+                   {.lda = lda, .ldb = depth.b, .step = depth.a}, c, ldc, true);
+}
+
+// How a batch is cut into units, each some images or some rows of one: what a product reads stays
+// in a second-level cache, and is at least as much as the sums that it is added to. It depends on
+// the shapes alone.
+struct Cut {
+  static constexpr int64_t kElements = 64 * 1024, kMost = 256 * 1024;
+  int64_t images = 1, rows, strips, units;
+  // `depth`: elements of a source pixel, of which there are `pixels` for each output row.
+  Cut(const Conv2dGeometry& g, int64_t pixels, int64_t depth) : rows(g.OH) {
+    const int64_t outputs = std::min(WeightTasks::kBlock, g.outputs_per_group());
+    const int64_t row = std::max<int64_t>(1, pixels * depth + g.OW * outputs);
+    const int64_t most = std::clamp(outputs * g.column_rows(), kElements, kMost);
+    if (row * g.OH <= most) {
+      const int64_t fitting =
+          std::min(most / (row * g.OH), ceil_div(g.N, WeightTasks::tasks_per_block(g)));
+      images = ceil_div(g.N, ceil_div(g.N, fitting));
+    } else {
+      rows = ceil_div(g.OH, ceil_div(g.OH, std::clamp<int64_t>(most / row, 1, g.OH)));
+    }
+    strips = ceil_div(g.OH, rows);
+    units = ceil_div(g.N, images) * strips;
+  }
+};
 
 template <class scalar_t>
 class WeightGradient {
   using sum_t = at::opmath_type<scalar_t>;
   static constexpr bool kSameType = std::is_same_v<scalar_t, sum_t>;
+  static constexpr int64_t kBlock = WeightTasks::kBlock;
 
  public:
   WeightGradient(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                  bool last)
       : g_(g),
-        rows_(live(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h))),
-        cols_(live(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w))),
+        taps_h_(live(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h))),
+        taps_w_(live(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w))),
+        unfolds_(g.R * g.S > 1 && taps_h_.taps() == g.R && taps_w_.taps() == g.S &&
+                 g.channels_per_group() <= kFewChannels),
+        rows_(unfolds_ ? forward_axis(g.OH, g.OH, 1, 1, 0, 1) : taps_h_),
+        cols_(unfolds_ ? forward_axis(g.OW, g.OW, 1, 1, 0, 1) : taps_w_),
         grad_{grad_output.const_data_ptr<scalar_t>(), g.O, g.OH, g.OW, last},
         input_{input.const_data_ptr<scalar_t>(), g.C, g.H, g.W, last},
-        unfolder_(input_, g.channels_per_group(), rows_, cols_),
-        unfolds_(g.R * g.S > 1 && rows_.taps() == g.R && cols_.taps() == g.S &&
-                 g.channels_per_group() <= kFewChannels) {
-    if (any_taps())
-      columns_ = {cols_.offset(0), (g.OW - 1) * g.stride_w + cols_.offset(cols_.taps() - 1) + 1};
-    in_place_ = kSameType && last && !unfolds_;
-    // Rows of zeros beside the image make the pixels of a strip one run.
-    whole_columns_ = columns_.begin >= 0 && columns_.end <= g.W && g.groups == 1;
-    flat_ = unfolds_ || (g.stride_h == 1 && g.stride_w == 1);
-    choose_images();
-    segments_ = segments(cols_, !in_place_ || g.groups == 1);
-    const int64_t row =
-        std::max<int64_t>({1, pitch() * depth() * (unfolds_ ? 1 : g.stride_h), pitch() * kBlock});
-    strip_rows_ = std::clamp<int64_t>(kStripElements / row, 1, g.OH);
-    strip_rows_ = ceil_div(g.OH, ceil_div(g.OH, strip_rows_));
-    strips_ = ceil_div(g.OH, strip_rows_);
-    const int64_t units = by_images() ? ceil_div(g.N, images_) : g.N * strips_;
-    const int64_t most = std::max<int64_t>(1, kPartialElements / (g.O * g.column_rows()));
-    chunks_ = std::min({units, most, ceil_div(kTasks, g.groups)});
-    splits_ = std::min(blocks(), ceil_div(kTasks, chunks_ * g.groups));
-    units_ = units;
-  }
+        unfolder_(input_, g.channels_per_group(), taps_h_, taps_w_),
+        in_place_(kSameType && last && !unfolds_),
+        segments_(segments(cols_, !in_place_ || g.groups == 1)),
+        cut_(g, width() * std::min(rows_.step, g.H), depth()),
+        tasks_(g, cut_.units, g.O * g.column_rows()) {}
 
   void run(const at::Tensor& result, bool last) {
-    sums_ = at::zeros({chunks_, g_.O, g_.column_rows()},
-                      result.options()
-                          .dtype(c10::CppTypeToScalarType<sum_t>::value)
-                          .memory_format(at::MemoryFormat::Contiguous));
+    const bool direct =
+        kSameType && last && tasks_.chunks() == 1;  // the sums lie as the result does
+    sums_ = direct ? result.zero_()
+                   : at::zeros({tasks_.chunks(), g_.O, g_.column_rows()},
+                               result.options()
+                                   .dtype(c10::CppTypeToScalarType<sum_t>::value)
+                                   .memory_format(at::MemoryFormat::Contiguous));
     sum_data_ = sums_.mutable_data_ptr<sum_t>();
-    const int64_t work = g_.N * g_.output_pixels() * g_.column_rows() * g_.outputs_per_group() /
-                         std::max<int64_t>(1, chunks_ * splits_);
-    at::parallel_for(
-        0, chunks_ * g_.groups * splits_, grain(work), [&](int64_t begin, int64_t end) {
-          Scratch scratch(Scratch::size<sum_t>(input_size()) + Scratch::size<sum_t>(space_size()) +
-                          Scratch::size<sum_t>(grad_size()));
-          sum_t* input = scratch.take<sum_t>(input_size());
-          sum_t* space = scratch.take<sum_t>(space_size());
-          sum_t* grad = scratch.take<sum_t>(grad_size());
-          for (int64_t task = begin; task < end; ++task) {
-            const int64_t split = task % splits_, group = task / splits_ % g_.groups;
-            const int64_t chunk = task / splits_ / g_.groups;
-            const Interval some{split * blocks() / splits_, (split + 1) * blocks() / splits_};
-            for (int64_t unit = chunk * units_ / chunks_;
-                 any_taps() && unit < (chunk + 1) * units_ / chunks_; ++unit) {
-              if (by_images()) {
-                add_images(chunk, group, unit, some, input, grad);
-              } else {
-                add_strip(chunk, group, unit, some, input, space, grad);
-              }
-            }
-          }
-        });
-    finish(result.mutable_data_ptr<scalar_t>(), last);
+    tasks_.fill([&](const auto& each) {
+      Scratch scratch(Scratch::size<sum_t>(input_size()) + Scratch::size<sum_t>(space_size()) +
+                      Scratch::size<sum_t>(grad_size()));
+      const Space space{scratch.take<sum_t>(input_size()), scratch.take<sum_t>(space_size()),
+                        scratch.take<sum_t>(grad_size())};
+      each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks, bool) {
+        add_unit(chunk, group, unit, blocks, space);
+      });
+    });
+    if (!direct) finish(result.mutable_data_ptr<scalar_t>(), last);
   }
 
  private:
+  struct Space {
+    sum_t *input, *columns, *grad;
+  };
+  // Where pixels stand, and how far apart.
+  struct Images {
+    const sum_t* data;
+    int64_t image, row, pixel, channel;
+  };
+  struct Unit {
+    int64_t group;
+    Interval images, y;  // and output rows
+    Interval rows;       // of the source
+  };
+
   int64_t channels() const { return g_.channels_per_group(); }
   int64_t outputs() const { return g_.outputs_per_group(); }
-  int64_t blocks() const { return ceil_div(outputs(), kBlock); }
+  // Of the source: elements of a pixel, and pixels of a row.
   int64_t depth() const { return unfolds_ ? g_.column_rows() : channels(); }
-  bool any_taps() const { return rows_.taps() > 0 && cols_.taps() > 0; }
-  int64_t row_taps() const { return unfolds_ ? 1 : rows_.taps(); }
-  int64_t col_taps() const { return unfolds_ ? 1 : cols_.taps(); }
-  bool by_images() const { return images_ > 0; }
-  bool strip_in_place() const { return in_place_ && whole_columns_; }
-  // Columns from one row of a strip to the next.
-  int64_t pitch() const { return unfolds_ ? g_.OW : strip_in_place() ? g_.W : length(columns_); }
-  int64_t grad_pitch() const { return flat_ ? pitch() : g_.OW; }
-  Interval outputs_of(int64_t block) const {
-    return {block * kBlock, std::min(outputs(), (block + 1) * kBlock)};
-  }
-  // A chunk's sums of an output: [row tap][column tap][depth].
-  sum_t* sums(int64_t chunk, int64_t group, int64_t output, int64_t i, int64_t j) const {
-    return sum_data_ + (chunk * g_.O + group * outputs() + output) * g_.column_rows() +
-           (rows_.cell(i) * g_.S + cols_.cell(j)) * channels();
-  }
-
-  void choose_images() {
-    if (unfolds_ || g_.output_pixels() > kFewPixels || g_.N < kManyImages) return;
-    const int64_t grad = g_.output_pixels() * std::min(kBlock, outputs());
-    const int64_t input = in_place_ ? 0 : g_.H * g_.W * channels();
-    // Enough units for all tasks, of as many images as a product needs to be deep.
-    const int64_t units = ceil_div(kTasks, g_.groups * blocks());
-    const int64_t fitting =
-        std::min(std::max(kManyImages, g_.N / units), kBatchElements / (grad + input));
-    if (fitting >= kManyImages) images_ = ceil_div(g_.N, ceil_div(g_.N, fitting));
-  }
+  int64_t width() const { return unfolds_ ? g_.OW : g_.W; }
 
   int64_t input_size() const {
-    if (by_images()) return in_place_ ? 0 : images_ * g_.H * g_.W * channels();
-    if (strip_in_place()) return 0;
-    if (unfolds_) return unfolder_.size(strip_rows_);
+    if (unfolds_) return cut_.images * unfolder_.size(cut_.rows);
+    if (in_place_ && !reads_past(channels())) return 0;
     int64_t rows = 0;
-    for (int64_t y = 0; y < g_.OH; y += strip_rows_)
-      rows = std::max(rows, length(source_rows({y, std::min(g_.OH, y + strip_rows_)})));
-    return rows * pitch() * depth();
+    for (int64_t y = 0; y < g_.OH; y += cut_.rows)
+      rows = std::max(rows, length(source_rows({y, std::min(g_.OH, y + cut_.rows)})));
+    return cut_.images * rows * width() * depth() + kPadding;
   }
-  int64_t space_size() const { return unfolds_ ? unfolder_.space_size(strip_rows_) : 0; }
+  int64_t space_size() const { return unfolds_ ? unfolder_.space_size(cut_.rows) : 0; }
   int64_t grad_size() const {
-    const int64_t width = std::min(kBlock, outputs());
-    return width * (by_images() ? images_ * g_.output_pixels() : strip_rows_ * grad_pitch());
+    return kSameType ? 0 : cut_.images * cut_.rows * g_.OW * std::min(kBlock, outputs());
   }
-
-  // -------------------------------------------------------------------------- strips of an image
-
-  void add_strip(int64_t chunk, int64_t group, int64_t unit, Interval some, sum_t* input_space,
-                 sum_t* space, sum_t* grad_space) const {
-    const int64_t n = unit / strips_, y0 = unit % strips_ * strip_rows_;
-    const Interval y{y0, std::min(g_.OH, y0 + strip_rows_)};
-    const Interval c{group * channels(), (group + 1) * channels()};
-    const Interval rows = unfolds_ ? y : source_rows(y);
-    if (length(rows) == 0) return;
-    const sum_t* input = input_space;
-    if (unfolds_) {
-      unfolder_.fill(n, c.begin, y, space, input_space);
-    } else if (!strip_in_place()) {
-      fill_strip(input_, n, c, rows, columns_, input_space);
-    } else if constexpr (kSameType) {
-      input = input_.at(n, 0, rows.begin, columns_.begin);
-    }
-    // The zeros between the gradient's rows meet pixels, too: a product that is NaN if one is not
-    // finite.
-    const bool joined =
-        flat_ && (grad_pitch() == g_.OW ||
-                  DLOPS_SIMD(all_finite, sum_t)(input, length(rows) * pitch() * depth()));
-    for (int64_t block = some.begin; block < some.end; ++block) {
-      const Matrix grad =
-          gradient(n, group * outputs() + block * kBlock, length(outputs_of(block)), y, grad_space);
-      for (int64_t i = 0; i < row_taps(); ++i)
-        add_row_tap(chunk, group, block, i, y, rows, input, grad, joined);
-    }
-  }
+  // Whether products of rows of such a length read past their ends.
+  static bool reads_past(int64_t length) { return length % 16 != 0; }
 
   Interval source_rows(Interval y) const {
-    Interval result{g_.H, 0};
+    Interval result{rows_.inputs, 0};
     for (int64_t i = 0; i < rows_.taps(); ++i) {
       const Interval some = intersect(y, rows_.inside(i));
       if (length(some) == 0) continue;
@@ -183,124 +167,99 @@ class WeightGradient {
     return {std::min(result.begin, result.end), result.end};
   }
 
-  struct Matrix {
-    const sum_t* data;
-    int64_t ld;
-  };
+  void add_unit(int64_t chunk, int64_t group, int64_t index, Interval blocks, Space space) const {
+    const int64_t n0 = index / cut_.strips * cut_.images, y0 = index % cut_.strips * cut_.rows;
+    Unit unit{group,
+              {n0, std::min(g_.N, n0 + cut_.images)},
+              {y0, std::min(g_.OH, y0 + cut_.rows)},
+              {0, 0}};
+    unit.rows = source_rows(unit.y);
+    if (length(unit.rows) == 0 || cols_.taps() == 0) return;
+    const Images input = source(unit, space);
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const Images grad = gradient(unit, block, space);
+      for (int64_t i = 0; i < rows_.taps(); ++i) add_row_tap(chunk, unit, block, i, input, grad);
+    }
+  }
 
-  // The gradient as [output][row][column], rows grad_pitch() apart with zeros between them.
-  Matrix gradient(int64_t n, int64_t o0, int64_t width, Interval y, sum_t* space) const {
+  // The unit's pixels where they are, or as a channels_last copy.
+  Images source(const Unit& unit, Space space) const {
+    const int64_t c0 = unit.group * channels();
     if constexpr (kSameType) {
-      if (!grad_.last && grad_pitch() == g_.OW) return {grad_.at(n, o0, y.begin, 0), grad_.plane()};
+      const scalar_t* end = input_.at(unit.images.end - 1, c0, unit.rows.end, 0);
+      const bool whole =
+          !reads_past(channels()) || end + kPadding <= input_.data + g_.N * g_.H * g_.W * g_.C;
+      if (in_place_ && whole)
+        return {input_.at(unit.images.begin, c0, unit.rows.begin, 0), g_.H * g_.W * g_.C,
+                g_.W * g_.C, g_.C, 1};
     }
-    fill_gradient(n, o0, width, y, space);
-    return {space, length(y) * grad_pitch()};
-  }
-  void fill_gradient(int64_t n, int64_t o0, int64_t width, Interval y, sum_t* to) const {
-    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
-    const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
-    const int64_t ld = length(y) * grad_pitch(), junk = grad_pitch() - g_.OW;
-    if (!grad_.last && junk == 0) {
-      for (int64_t o = 0; o < width; ++o) convert(grad_.at(n, o0 + o, y.begin, 0), to + o * ld, ld);
-      return;
-    }
-    for (int64_t row = y.begin; row < y.end; ++row, to += grad_pitch()) {
-      if (grad_.last) flip(grad_.at(n, o0, row, 0), g_.O, g_.OW, width, to, ld);
-      for (int64_t o = 0; o < width; ++o) {
-        if (!grad_.last) convert(grad_.at(n, o0 + o, row, 0), to + o * ld, g_.OW);
-        std::fill_n(to + o * ld + g_.OW, junk, sum_t(0));
-      }
-    }
-  }
-
-  void add_row_tap(int64_t chunk, int64_t group, int64_t block, int64_t i, Interval y,
-                   Interval rows, const sum_t* input, Matrix grad, bool joined) const {
-    const Interval some = unfolds_ ? y : intersect(y, rows_.inside(i));
-    if (length(some) == 0) return;
-    const Interval out = outputs_of(block);
-    const int64_t step = unfolds_ ? 1 : rows_.step;
-    const int64_t row = unfolds_ ? 0 : some.begin * step + rows_.offset(i) - rows.begin;
-    const int64_t row_size = pitch() * depth(), pixel = (unfolds_ ? 1 : g_.stride_w) * depth();
-    const sum_t* a = grad.data + (some.begin - y.begin) * grad_pitch();
-    for (int64_t j0 = 0, j1; j0 < col_taps(); j0 = j1) {
-      for (j1 = j0 + 1; j1 < col_taps() && cols_.offset(j1) == cols_.offset(j1 - 1) + 1;) ++j1;
-      const int64_t column = unfolds_ ? 0 : cols_.offset(j0) - columns_.begin;
-      const sum_t* b = input + row * row_size + column * depth();
-      const auto add = [&](int64_t first, int64_t pixels) {
-        matmul(length(out), (j1 - j0) * depth(), pixels, a + first * grad_pitch(), grad.ld,
-               b + first * step * row_size, pixel, sums(chunk, group, out.begin, i, j0),
-               g_.column_rows(), true);
-      };
-      if (joined) {
-        add(0, (length(some) - 1) * pitch() + g_.OW);
+    const int64_t row = width() * depth(), image = length(unit.rows) * row;
+    sum_t* to = space.input;
+    for (int64_t n = unit.images.begin; n < unit.images.end; ++n, to += image) {
+      if (unfolds_) {
+        unfolder_.fill(n, c0, unit.y, space.columns, to);
       } else {
-        for (int64_t k = 0; k < length(some); ++k) add(k, g_.OW);
+        fill_strip(input_, n, {c0, c0 + channels()}, unit.rows, {0, g_.W}, to);
       }
     }
+    return {space.input, image, row, depth(), 1};
   }
 
-  // ------------------------------------------------------------------------- many small images
-
-  void add_images(int64_t chunk, int64_t group, int64_t unit, Interval some, sum_t* input_space,
-                  sum_t* grad_space) const {
-    const int64_t n0 = unit * images_, count = std::min(g_.N, n0 + images_) - n0;
-    const Interval c{group * channels(), (group + 1) * channels()};
-    const sum_t* input = input_space;
-    int64_t pixel = channels(), image = g_.H * g_.W * channels();
-    if (!in_place_) {
-      for (int64_t n = 0; n < count; ++n)
-        fill_strip(input_, n0 + n, c, {0, g_.H}, {0, g_.W}, input_space + n * image);
-    } else if constexpr (kSameType) {
-      input = input_.at(n0, c.begin, 0, 0);
-      pixel = g_.C;
-      image = g_.H * g_.W * g_.C;
+  // A block of the gradient where it is, or converted.
+  Images gradient(const Unit& unit, int64_t block, Space space) const {
+    const int64_t o0 = unit.group * outputs() + block * kBlock;
+    const scalar_t* from = grad_.at(unit.images.begin, o0, unit.y.begin, 0);
+    const int64_t image = g_.O * g_.output_pixels();
+    if constexpr (kSameType) {
+      if (grad_.last) return {from, image, g_.OW * g_.O, g_.O, 1};
+      return {from, image, g_.OW, 1, grad_.plane()};
     }
-    for (int64_t block = some.begin; block < some.end; ++block) {
-      const Interval out = outputs_of(block);
-      flip_images(n0, count, group * outputs() + out.begin, length(out), grad_space);
-      for (const Segment& segment : segments_)
-        for (int64_t i = 0; i < rows_.taps(); ++i)
-          for (int64_t y = rows_.inside(i).begin; y < rows_.inside(i).end; ++y)
-            for (int64_t x = segment.outputs.begin; x < segment.outputs.end; ++x) {
-              const int64_t row = y * rows_.step + rows_.offset(i), j = segment.taps.begin;
-              const int64_t col = x * cols_.step + cols_.offset(j);
-              matmul(length(out), length(segment.taps) * channels(), count,
-                     grad_space + grad_offset(y * g_.OW + x, length(out), count),
-                     grad_.last ? count : g_.output_pixels() * count,
-                     input + (row * g_.W + col) * pixel, image, sums(chunk, group, out.begin, i, j),
-                     g_.column_rows(), true);
-            }
+    const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
+    const int64_t outs = tasks_.width(block), pixels = length(unit.y) * g_.OW;
+    sum_t* to = space.grad;
+    for (int64_t n = 0; n < length(unit.images); ++n, from += image) {
+      if (grad_.last) {
+        for (int64_t p = 0; p < pixels; ++p, to += outs) convert(from + p * g_.O, to, outs);
+      } else {
+        for (int64_t o = 0; o < outs; ++o, to += pixels)
+          convert(from + o * grad_.plane(), to, pixels);
+      }
     }
+    if (grad_.last) return {space.grad, pixels * outs, g_.OW * outs, outs, 1};
+    return {space.grad, pixels * outs, g_.OW, 1, pixels};
   }
 
-  // The gradient with images innermost: [output][pixel][image], or channels_last
-  // [pixel][output][image].
-  void flip_images(int64_t n0, int64_t count, int64_t o0, int64_t width, sum_t* to) const {
-    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
-    const int64_t pixels = g_.output_pixels(), ld = g_.O * pixels;
-    if (!grad_.last) {
-      flip(grad_.at(n0, o0, 0, 0), ld, count, width * pixels, to, count);
-      return;
+  void add_row_tap(int64_t chunk, const Unit& unit, int64_t block, int64_t i, const Images& input,
+                   const Images& grad) const {
+    const Interval y = intersect(unit.y, rows_.inside(i));
+    if (length(y) == 0) return;
+    const int64_t row = y.begin * rows_.step + rows_.offset(i) - unit.rows.begin;
+    const int64_t output = unit.group * outputs() + block * kBlock;
+    for (const Segment& segment : segments_) {
+      const int64_t x = segment.outputs.begin, j = segment.taps.begin;
+      const Factors<sum_t> first{
+          grad.data + (y.begin - unit.y.begin) * grad.row + x * grad.pixel,
+          input.data + row * input.row + (x * cols_.step + cols_.offset(j)) * input.pixel};
+      add_products(tasks_.width(block), length(segment.taps) * depth(), first, grad.channel,
+                   {Axis{length(unit.images), grad.image, input.image},
+                    Axis{length(y), grad.row, input.row * rows_.step},
+                    Axis{length(segment.outputs), grad.pixel, input.pixel * cols_.step}},
+                   sum_data_ + (chunk * g_.O + output) * g_.column_rows() +
+                       (rows_.cell(i) * g_.S + cols_.cell(j)) * depth(),
+                   g_.column_rows());
     }
-    for (int64_t p = 0; p < pixels; ++p)
-      flip(grad_.at(n0, o0, 0, 0) + p * g_.O, ld, count, width, to + p * width * count, count);
   }
-  int64_t grad_offset(int64_t pixel, int64_t width, int64_t count) const {
-    return pixel * count * (grad_.last ? width : 1);
-  }
-
-  // ------------------------------------------------------------------------------------ the end
 
   // Adds up the chunks in their order and writes each output's weights as the result has them.
   void finish(scalar_t* result, bool last) const {
     const auto add = DLOPS_SIMD(add_row, sum_t, sum_t);
     const auto convert = DLOPS_SIMD(convert_row, sum_t, scalar_t);
     const auto flip = DLOPS_SIMD(transpose, sum_t, scalar_t);
-    const int64_t size = g_.column_rows(), cells = g_.R * g_.S;
-    at::parallel_for(0, g_.O, grain(chunks_ * size), [&](int64_t begin, int64_t end) {
+    const int64_t size = g_.column_rows(), cells = g_.R * g_.S, chunks = tasks_.chunks();
+    at::parallel_for(0, g_.O, grain(chunks * size), [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) {
         sum_t* sum = sum_data_ + o * size;
-        for (int64_t chunk = 1; chunk < chunks_; ++chunk) add(sum + chunk * g_.O * size, sum, size);
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) add(sum + chunk * g_.O * size, sum, size);
         if (last) {
           convert(sum, result + o * size, size);
         } else {
@@ -311,15 +270,15 @@ class WeightGradient {
   }
 
   const Conv2dGeometry& g_;
-  const TapAxis rows_, cols_;
+  const TapAxis taps_h_, taps_w_;
+  const bool unfolds_;         // few channels go through im2col:
+  const TapAxis rows_, cols_;  // then a 1x1 kernel meets the columns
   const ImageView<scalar_t> grad_, input_;
   const Unfolder<scalar_t, sum_t> unfolder_;
-  const bool unfolds_;      // few channels go through im2col
-  Interval columns_{0, 0};  // of the input that a strip holds
-  bool in_place_, whole_columns_, flat_;
-  std::vector<Segment> segments_;
-  int64_t images_ = 0;  // of a unit, where products run over images
-  int64_t strip_rows_, strips_, units_, chunks_, splits_;
+  const bool in_place_;
+  const std::vector<Segment> segments_;
+  const Cut cut_;
+  const WeightTasks tasks_;
   at::Tensor sums_;
   sum_t* sum_data_ = nullptr;
 };

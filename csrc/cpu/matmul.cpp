@@ -31,7 +31,7 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
   if constexpr (std::is_floating_point_v<scalar_t>) {
     const Factors<scalar_t> factors{a, b};
     DLOPS_SIMD(matmul_in_order, scalar_t)
-    (m, n, k, &factors, 1, 0, lda, ldb, false, c, ldc, accumulate);
+    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb}, false, c, ldc, accumulate);
   } else {
     at::AutoDispatchBelowAutograd below_autograd;
     at::Tensor product = matrix(c, m, n, ldc);
@@ -54,14 +54,13 @@ bool multiplies_bfloat16() {
 
 template <class T, class sum_t>
 void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                      int64_t shift, int64_t lda, int64_t ldb, sum_t* c, int64_t ldc,
-                      bool accumulate) {
+                      const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate) {
   if constexpr (std::is_same_v<T, sum_t>) {
     DLOPS_SIMD(matmul_in_order, T)
-    (m, n, k, factors, count, shift, lda, ldb, true, c, ldc, accumulate);
+    (m, n, k, factors, count, strides, true, c, ldc, accumulate);
   } else {
 #if defined(__x86_64__)
-    matmul_of_pairs(m, n, k, factors, count, shift, lda, ldb, c, ldc, accumulate);
+    matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, accumulate);
 #else
     TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine");
 #endif
@@ -70,7 +69,7 @@ void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors
 
 #define DLOPS_INSTANTIATE_PADDED(T, sum_t)                                                        \
   template void matmul_of_padded<T, sum_t>(int64_t, int64_t, int64_t, const Factors<T>*, int64_t, \
-                                           int64_t, int64_t, int64_t, sum_t*, int64_t, bool);
+                                           const FactorStrides&, sum_t*, int64_t, bool);
 
 DLOPS_INSTANTIATE_PADDED(double, double)
 DLOPS_INSTANTIATE_PADDED(float, float)

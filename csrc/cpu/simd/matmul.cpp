@@ -72,7 +72,7 @@ struct Tile {
   const Factors<T>* factors;
   int64_t count;
   int64_t a, b;  // where the tile begins in theirs
-  int64_t lda, ldb;
+  int64_t lda, step, ldb;
   sum_t* c;
   int64_t ldc;
   bool accumulate;
@@ -91,7 +91,8 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
     for (int v = 0; v < vectors; ++v) sums[i][v] = V(sum_t(0));
   for (int64_t f = 0; f < t.count; ++f) {
     const T *a = t.factors[f].a + t.a, *b = t.factors[f].b + t.b;
-    for (int64_t term = 0; term < t.terms; term += O::kStep, a += O::kStep, b += O::kStep * t.ldb) {
+    for (int64_t term = 0; term < t.terms;
+         term += O::kStep, a += O::kStep * t.step, b += O::kStep * t.ldb) {
       typename O::Register row[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) row[v] = O::load(b + O::kStep * v * V::size());
@@ -172,7 +173,7 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
       }
     }
     for (int64_t i = 0; i < m; i += rows) {
-      part.a = shift + i * t.lda + k0;
+      part.a = shift + i * t.lda + k0 * t.step;
       part.c = c + i * t.ldc + j;
       multiply_of<T>(std::min(rows, m - i), vectors)(part);
     }
@@ -182,7 +183,7 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
 // `packed`: room for a tile of B, or null where a vector may be read past a row of it.
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-             int64_t shift, int64_t lda, int64_t ldb, typename Operand<T>::sum_t* c, int64_t ldc,
+             const FactorStrides& strides, typename Operand<T>::sum_t* c, int64_t ldc,
              bool accumulate, T* packed) {
   // As many factors at a time as have kTerms terms. One round at least, so that an empty sum is
   // written too.
@@ -198,12 +199,13 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
                         .count = std::min(together, count - f),
                         .a = 0,
                         .b = 0,
-                        .lda = lda,
-                        .ldb = ldb,
+                        .lda = strides.lda,
+                        .step = strides.step,
+                        .ldb = strides.ldb,
                         .c = nullptr,
                         .ldc = ldc,
                         .accumulate = accumulate || !first},
-                shift, c, packed);
+                strides.shift, c, packed);
     }
   }
 }
@@ -212,23 +214,23 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
 
 template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                     int64_t shift, int64_t lda, int64_t ldb, bool padded, T* c, int64_t ldc,
+                     const FactorStrides& strides, bool padded, T* c, int64_t ldc,
                      bool accumulate) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
-  product(m, n, k, factors, count, shift, lda, ldb, c, ldc, accumulate, padded ? nullptr : packed);
+  product(m, n, k, factors, count, strides, c, ldc, accumulate, padded ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
-                     int64_t count, int64_t shift, int64_t lda, int64_t ldb, float* c, int64_t ldc,
+                     int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                      bool accumulate) {
-  product<c10::BFloat16>(m, n, k, factors, count, shift, lda, ldb, c, ldc, accumulate, nullptr);
+  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, accumulate, nullptr);
 }
 #endif
 
 #define DLOPS_INSTANTIATE(T)                                                                       \
   template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const Factors<T>*, \
-                                                     int64_t, int64_t, int64_t, int64_t, bool, T*, \
+                                                     int64_t, const FactorStrides&, bool, T*,      \
                                                      int64_t, bool);
 
 DLOPS_INSTANTIATE(double)
