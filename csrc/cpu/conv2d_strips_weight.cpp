@@ -40,8 +40,13 @@ void add_products(int64_t m, int64_t n, Factors<T> at, int64_t lda, std::array<A
     inner.count *= outer.count;
     outer = {1, 0, 0};
   }
+  // The longest, but a few neighbours in A are worth more: they share a cache line.
+  const auto value = [](const Axis& x) {
+    constexpr int64_t kFew = 4, kLong = 1024;
+    return x.a == 1 && x.count >= kFew ? x.count + kLong : x.count;
+  };
   const auto longest = std::max_element(
-      axes.begin(), axes.end(), [](const Axis& x, const Axis& y) { return x.count <= y.count; });
+      axes.begin(), axes.end(), [&](const Axis& x, const Axis& y) { return value(x) <= value(y); });
   std::swap(*longest, axes.back());
   const auto [outer, inner, depth] = axes;
   std::vector<Factors<T>> factors;
