@@ -427,7 +427,9 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   // Turning the gradient round may cost more than the columns do.
   const bool by_rows = few_channels(g) &&
                        (format == at::MemoryFormat::ChannelsLast || g.column_rows() > 32 ||
-                        g.outputs_per_group() < 64);
+                        g.outputs_per_group() < 64) &&
+                       !(format == at::MemoryFormat::ChannelsLast &&
+                         sum_type(input.scalar_type()) == input.scalar_type());
   if (computed == format && takes_pairs(g, input.scalar_type()) &&
       pairs_grad_weight(g, dense_grad, dense_input, result, format))
     return result;

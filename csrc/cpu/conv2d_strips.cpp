@@ -373,7 +373,9 @@ bool takes_strips(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryForma
 
 void strips_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                     const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format) {
-  correlate(forward_correlation(g), input, weight, bias, output, format);
+  const bool in_place = format == at::MemoryFormat::ChannelsLast &&
+                        at::toOpMathType(input.scalar_type()) == input.scalar_type();
+  correlate(forward_correlation(g, !in_place), input, weight, bias, output, format);
 }
 
 void strips_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,

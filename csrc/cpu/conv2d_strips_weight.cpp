@@ -92,21 +92,21 @@ class WeightGradient {
       : g_(g),
         taps_h_(live(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h))),
         taps_w_(live(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w))),
-        unfolds_(g.R * g.S > 1 && taps_h_.taps() == g.R && taps_w_.taps() == g.S &&
-                 g.channels_per_group() <= kFewChannels),
+        in_place_(kSameType && last),
+        few_(g.R * g.S > 1 && g.channels_per_group() <= kFewChannels),
+        unfolds_(few_ && !in_place_ && taps_h_.taps() == g.R && taps_w_.taps() == g.S),
         rows_(unfolds_ ? forward_axis(g.OH, g.OH, 1, 1, 0, 1) : taps_h_),
         cols_(unfolds_ ? forward_axis(g.OW, g.OW, 1, 1, 0, 1) : taps_w_),
         grad_{grad_output.const_data_ptr<scalar_t>(), g.O, g.OH, g.OW, last},
         input_{input.const_data_ptr<scalar_t>(), g.C, g.H, g.W, last},
         unfolder_(input_, g.channels_per_group(), taps_h_, taps_w_),
-        in_place_(kSameType && last && !unfolds_),
         segments_(segments(cols_, !in_place_ || g.groups == 1)),
         cut_(g, width() * std::min(rows_.step, g.H), depth()),
         tasks_(g, cut_.units, g.O * g.column_rows()) {}
 
   void run(const at::Tensor& result, bool last) {
-    const bool direct =
-        kSameType && last && tasks_.chunks() == 1;  // the sums lie as the result does
+    // Whether the sums lie as the result does.
+    const bool direct = in_place_ && !turned() && tasks_.chunks() == 1;
     sums_ = direct ? result.zero_()
                    : at::zeros({tasks_.chunks(), g_.O, g_.column_rows()},
                                result.options()
@@ -146,9 +146,13 @@ class WeightGradient {
   int64_t depth() const { return unfolds_ ? g_.column_rows() : channels(); }
   int64_t width() const { return unfolds_ ? g_.OW : g_.W; }
 
+  // Rows of few channels would fill a part of a vector each: then vectors are of outputs, and the
+  // sums are [cell][channel][output].
+  bool turned() const { return in_place_ && few_; }
+
   int64_t input_size() const {
     if (unfolds_) return cut_.images * unfolder_.size(cut_.rows);
-    if (in_place_ && !reads_past(channels())) return 0;
+    if (in_place_ && (turned() || !reads_past(channels()))) return 0;
     int64_t rows = 0;
     for (int64_t y = 0; y < g_.OH; y += cut_.rows)
       rows = std::max(rows, length(source_rows({y, std::min(g_.OH, y + cut_.rows)})));
@@ -156,10 +160,15 @@ class WeightGradient {
   }
   int64_t space_size() const { return unfolds_ ? unfolder_.space_size(cut_.rows) : 0; }
   int64_t grad_size() const {
-    return kSameType ? 0 : cut_.images * cut_.rows * g_.OW * std::min(kBlock, outputs());
+    if (kSameType && !(turned() && reads_past(outputs()))) return 0;
+    return cut_.images * cut_.rows * g_.OW * std::min(kBlock, outputs()) + kPadding;
   }
-  // Whether products of rows of such a length read past their ends.
+  // Whether products of rows of such a length, in B, read past their ends; and whether they may,
+  // where the rows end there.
   static bool reads_past(int64_t length) { return length % 16 != 0; }
+  static bool whole(const ImageView<scalar_t>& view, int64_t images, const scalar_t* end) {
+    return end + kPadding <= view.data + images * view.plane() * view.channels;
+  }
 
   Interval source_rows(Interval y) const {
     Interval result{rows_.inputs, 0};
@@ -192,9 +201,7 @@ class WeightGradient {
     const int64_t c0 = unit.group * channels();
     if constexpr (kSameType) {
       const scalar_t* end = input_.at(unit.images.end - 1, c0, unit.rows.end, 0);
-      const bool whole =
-          !reads_past(channels()) || end + kPadding <= input_.data + g_.N * g_.H * g_.W * g_.C;
-      if (in_place_ && whole)
+      if (in_place_ && (turned() || !reads_past(channels()) || whole(input_, g_.N, end)))
         return {input_.at(unit.images.begin, c0, unit.rows.begin, 0), g_.H * g_.W * g_.C,
                 g_.W * g_.C, g_.C, 1};
     }
@@ -216,8 +223,10 @@ class WeightGradient {
     const scalar_t* from = grad_.at(unit.images.begin, o0, unit.y.begin, 0);
     const int64_t image = g_.O * g_.output_pixels();
     if constexpr (kSameType) {
-      if (grad_.last) return {from, image, g_.OW * g_.O, g_.O, 1};
-      return {from, image, g_.OW, 1, grad_.plane()};
+      const scalar_t* end = grad_.at(unit.images.end - 1, o0, unit.y.end, 0);
+      if (in_place_ && (!turned() || !reads_past(outputs()) || whole(grad_, g_.N, end)))
+        return {from, image, g_.OW * g_.O, g_.O, 1};
+      if (!grad_.last) return {from, image, g_.OW, 1, grad_.plane()};
     }
     const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
     const int64_t outs = tasks_.width(block), pixels = length(unit.y) * g_.OW;
@@ -242,22 +251,39 @@ class WeightGradient {
     const int64_t output = unit.group * outputs() + block * kBlock;
     for (const Segment& segment : segments_) {
       const int64_t x = segment.outputs.begin, j = segment.taps.begin;
-      const Factors<sum_t> first{
-          grad.data + (y.begin - unit.y.begin) * grad.row + x * grad.pixel,
-          input.data + row * input.row + (x * cols_.step + cols_.offset(j)) * input.pixel};
-      add_products(tasks_.width(block), length(segment.taps) * depth(), first, grad.channel,
-                   {Axis{length(unit.images), grad.image, input.image},
-                    Axis{length(y), grad.row, input.row * rows_.step},
-                    Axis{length(segment.outputs), grad.pixel, input.pixel * cols_.step}},
-                   sum_data_ + (chunk * g_.O + output) * g_.column_rows() +
-                       (rows_.cell(i) * g_.S + cols_.cell(j)) * depth(),
-                   g_.column_rows());
+      const int64_t width = tasks_.width(block), size = length(segment.taps) * depth();
+      const int64_t place = (rows_.cell(i) * g_.S + cols_.cell(j)) * depth();
+      const sum_t* a = grad.data + (y.begin - unit.y.begin) * grad.row + x * grad.pixel;
+      const sum_t* b =
+          input.data + row * input.row + (x * cols_.step + cols_.offset(j)) * input.pixel;
+      std::array<Axis, 3> axes{Axis{length(unit.images), grad.image, input.image},
+                               Axis{length(y), grad.row, input.row * rows_.step},
+                               Axis{length(segment.outputs), grad.pixel, input.pixel * cols_.step}};
+      sum_t* sums = sum_data_ + chunk * g_.O * g_.column_rows();
+      if (turned()) {
+        for (Axis& axis : axes) std::swap(axis.a, axis.b);
+        sums += (unit.group * g_.column_rows() + place) * outputs() + block * kBlock;
+        add_products(size, width, {b, a}, input.channel, axes, sums, outputs());
+      } else {
+        sums += output * g_.column_rows() + place;
+        add_products(width, size, {a, b}, grad.channel, axes, sums, g_.column_rows());
+      }
     }
   }
 
   // Adds up the chunks in their order and writes each output's weights as the result has them.
   void finish(scalar_t* result, bool last) const {
     const auto add = DLOPS_SIMD(add_row, sum_t, sum_t);
+    if (turned()) {
+      for (int64_t chunk = 1; chunk < tasks_.chunks(); ++chunk)
+        add(sum_data_ + chunk * g_.O * g_.column_rows(), sum_data_, g_.O * g_.column_rows());
+      const auto flip = DLOPS_SIMD(transpose, sum_t, scalar_t);
+      const int64_t group = outputs() * g_.column_rows();
+      for (int64_t i = 0; i < g_.groups; ++i)
+        flip(sum_data_ + i * group, outputs(), g_.column_rows(), outputs(), result + i * group,
+             g_.column_rows());
+      return;
+    }
     const auto convert = DLOPS_SIMD(convert_row, sum_t, scalar_t);
     const auto flip = DLOPS_SIMD(transpose, sum_t, scalar_t);
     const int64_t size = g_.column_rows(), cells = g_.R * g_.S, chunks = tasks_.chunks();
@@ -276,11 +302,12 @@ class WeightGradient {
 
   const Conv2dGeometry& g_;
   const TapAxis taps_h_, taps_w_;
+  const bool in_place_;        // products read the images where they are
+  const bool few_;             // channels
   const bool unfolds_;         // few channels go through im2col:
   const TapAxis rows_, cols_;  // then a 1x1 kernel meets the columns
   const ImageView<scalar_t> grad_, input_;
   const Unfolder<scalar_t, sum_t> unfolder_;
-  const bool in_place_;
   const std::vector<Segment> segments_;
   const Cut cut_;
   const WeightTasks tasks_;

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as native
 from strategies import FLOATING, INTEGER, Call, both
 
 WINDOWED = ("conv2d", "max_pool2d", "unfold", "fold")
@@ -101,6 +102,23 @@ def wraps(op: str, call: Call) -> bool:
     return elements(op, call) >= LIMIT or any(max(a.padded, a.span) >= LIMIT for a in window)
 
 
+def counts_in_32_bits() -> bool:
+    """Whether native's unfold does: torch 2.11 has -1 windows here, and refuses."""
+    try:
+        native.unfold(torch.empty(0, 1, 1, 4), 1, padding=2**31 - 1)
+    except RuntimeError:
+        return True
+    return False
+
+
+COUNTS_IN_32_BITS = counts_in_32_bits()
+
+
+def past_32_bits(op: str, call: Call) -> bool:
+    window = axes(op, call) if COUNTS_IN_32_BITS and op in ("unfold", "fold") else None
+    return window is not None and any(axis.padded >= 2**31 for axis in window)
+
+
 def window_in_padding(op: str, call: Call) -> bool:
     window = axes(op, call) if op == "max_pool2d" else None
     ceil_mode = bool(call.arguments.get("ceil_mode"))
@@ -141,6 +159,7 @@ def formula_without_elements(op: str, call: Call) -> bool:
 # refuse, and touch no memory.
 NATIVE_FAULTS = [
     Known("native's sizes wrap at 2^63: it goes on with what is left", wraps, True),
+    Known("native counts windows in 32 bits", past_32_bits),
     Known("native max_pool2d writes out of range for a window of padding alone", window_in_padding),
     Known("native conv2d without input channels gives an output without channels", no_channels),
     Known("native takes tensors on the CPU and the meta device together", mixed_devices),
