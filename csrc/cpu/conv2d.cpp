@@ -1,12 +1,13 @@
-// Convolution on the CPU: checks, and the choice between four kernels.
-//   conv2d_strips.h     products that read channels_last pixels where they are: floating-point
-//                       types with more than a few channels
-//   conv2d_panels.h     im2col panels that stay in cache: few input channels, contiguous 1x1,
-//                       integers and complex numbers; its forward, grad_input and grad_weight are
-//                       in this file
-//   conv2d_planes.h     thin groups of contiguous tensors
-//   conv2d_depthwise.h  depthwise, channels_last
-// Products are a library's (matmul.h).
+// Convolution on the CPU: checks, and the choice between its kernels.
+//   conv2d_strips.h        products that read channels_last pixels where they are: floating-point
+//                          types
+//   conv2d_pairs_weight.h  the weight's gradient from bfloat16 images
+//   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
+//                          contiguous images, integers and complex numbers; its forward,
+//                          grad_input and grad_weight are in this file
+//   conv2d_planes.h        thin groups of contiguous tensors
+//   conv2d_depthwise.h     depthwise, channels_last
+// Their products are in matmul.h.
 //
 // The cut into panels depends on the shapes alone, never on the number of threads, and every sum
 // has one fixed order: the same call gives the same bits on any number of threads.
@@ -104,9 +105,6 @@ std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Co
 bool few_channels(const Conv2dGeometry& g) {
   return g.channels_per_group() <= kFewChannels && g.R * g.S > 1;
 }
-
-// What the planes under a panel may take, in elements.
-constexpr int64_t kTurnedElements = 128 * 1024;
 
 // Groups with few channels make thin matrices in channels_last: those run contiguous.
 at::MemoryFormat compute_format(const Conv2dGeometry& g, at::MemoryFormat format) {
@@ -325,14 +323,11 @@ int64_t pixel_chunks(const Conv2dGeometry& g, int64_t blocks, int64_t tasks_per_
   return std::max<int64_t>(1, std::min({wanted, blocks, kPartialElements / weight_elements}));
 }
 
-// `last` is the columns' layout and `images_last` that of input and grad_output: few channels of
-// channels_last images, too, have columns that are rows copied whole.
-template <class scalar_t, bool last, bool images_last = last>
+template <class scalar_t, bool last>
 void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                  const at::Tensor& result) {
   using sum_t = at::opmath_type<scalar_t>;
   const Panels<scalar_t, last> panels{g};
-  const Panels<scalar_t, images_last> grad_panels{g};
   const int64_t Og = g.outputs_per_group(), Cg = g.channels_per_group(), cells = g.R * g.S;
   const PixelBlocks pixels(g, pixels_per_panel(g));
   const ChannelBlocks channels(Cg, cells, kPanelElements / kMinPixels);
@@ -347,14 +342,11 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
   const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
   const int64_t panel = channels.size * cells * pixels.max_pixels();
   const int64_t flipped = Og * pixels.max_pixels();
-  const int64_t planes = last == images_last ? 0 : panels.part_size(pixels, channels.size);
   const int64_t work = g.N * g.output_pixels() / chunks * channels.size * cells * Og;
   at::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
-    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(flipped) +
-                    Scratch::size<sum_t>(planes));
+    Scratch scratch(Scratch::size<sum_t>(panel) + Scratch::size<sum_t>(flipped));
     sum_t* column_space = scratch.take<sum_t>(panel);
     sum_t* grad_space = scratch.take<sum_t>(flipped);
-    sum_t* plane_space = scratch.take<sum_t>(planes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task % channels.count(), group = task / channels.count() % g.groups;
       const int64_t chunk = task / channels.count() / g.groups;
@@ -365,13 +357,8 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
            ++b) {
         const Interval q = pixels[b];
         const int64_t P = q.end - q.begin;
-        const Matrix<sum_t> columns =
-            last == images_last
-                ? panels.columns(input_data, group, c, q, column_space)
-                : panels.columns_of_last(input_data, group, c, q, plane_space, column_space);
-        const Matrix<sum_t> grad =
-            last == images_last ? grad_panels.outputs_transposed(grad_data, group, q, grad_space)
-                                : grad_panels.outputs(grad_data, group, q, grad_space);
+        const Matrix<sum_t> columns = panels.columns(input_data, group, c, q, column_space);
+        const Matrix<sum_t> grad = panels.outputs_transposed(grad_data, group, q, grad_space);
         if constexpr (last) {
           matmul(Og, K, P, grad.data, grad.ld, columns.data, columns.ld, sum, K, true);
         } else {
@@ -424,12 +411,9 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     planes_grad_weight(g, dense_grad, dense_input, plain);
     return result.copy_(plain);
   }
-  // Turning the gradient round may cost more than the columns do.
-  const bool by_rows = few_channels(g) &&
-                       (format == at::MemoryFormat::ChannelsLast || g.column_rows() > 32 ||
-                        g.outputs_per_group() < 64) &&
-                       !(format == at::MemoryFormat::ChannelsLast &&
-                         sum_type(input.scalar_type()) == input.scalar_type());
+  // Rows of columns are copied faster than columns one after another.
+  const bool by_rows = few_channels(g) && computed == at::MemoryFormat::Contiguous &&
+                       (g.column_rows() > 32 || g.outputs_per_group() < 64);
   if (computed == format && takes_pairs(g, input.scalar_type()) &&
       pairs_grad_weight(g, dense_grad, dense_input, result, format))
     return result;
@@ -440,14 +424,7 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
-          // Large strides leave most of the rows that would be turned round unread.
-          const int64_t turned = Panels<scalar_t, false>{g}.part_size(
-              PixelBlocks(g, pixels_per_panel(g)), g.channels_per_group());
-          if (by_rows && turned <= kTurnedElements) {
-            grad_weight<scalar_t, false, true>(g, dense_grad, dense_input, result);
-          } else {
-            grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
-          }
+          grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
         } else {
           grad_weight<scalar_t, false>(g, dense_grad, dense_input, result);
         }

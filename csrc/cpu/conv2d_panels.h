@@ -119,52 +119,6 @@ struct Panels {
     return {space, ld};
   }
 
-  // What a block of pixels needs of the input: some rows of one image, or whole images; and the
-  // convolution of these alone, in which the block is `q`.
-  struct Part {
-    Conv2dGeometry g;
-    int64_t image, row;  // the first
-    Interval q;
-  };
-  Part part_under(Interval q, Interval c) const {
-    const int64_t plane = g.output_pixels(), n = q.begin / plane;
-    const bool one = one_image(q);
-    const int64_t y0 = one ? q.begin % plane / g.OW : 0;
-    const int64_t y1 = one ? (q.end - 1) % plane / g.OW + 1 : g.OH;
-    const int64_t h0 = std::clamp<int64_t>(g.input_row(y0, 0), 0, g.H);
-    const int64_t h1 = std::clamp<int64_t>(g.input_row(y1 - 1, g.R - 1) + 1, h0, g.H);
-    Part part{g, n, h0, {q.begin - n * plane - y0 * g.OW, q.end - n * plane - y0 * g.OW}};
-    part.g.N = ceil_div(q.end, plane) - n;
-    part.g.C = c.end - c.begin;
-    part.g.groups = 1;
-    part.g.H = h1 - h0;
-    part.g.OH = y1 - y0;
-    part.g.pad_top = g.pad_top + h0 - y0 * g.stride_h;
-    return part;
-  }
-  // The most that a part takes of `channels` channels, in elements.
-  int64_t part_size(const PixelBlocks& pixels, int64_t channels) const {
-    const int64_t images = ceil_div(pixels.max_pixels(), g.output_pixels());
-    const int64_t steps = ceil_div(pixels.max_pixels(), g.OW);  // from its first row to its last
-    const bool whole = images > 1 || g.stride_h >= g.H;
-    const int64_t rows = whole ? g.H : steps * g.stride_h + (g.R - 1) * g.dilation_h + 1;
-    return images * channels * std::min(g.H, rows) * g.W;
-  }
-  // K x P columns as above, of channels_last images, by way of contiguous planes of that part.
-  Matrix<sum_t> columns_of_last(const scalar_t* input, int64_t group, Interval c, Interval q,
-                                sum_t* planes, sum_t* space) const {
-    const Part part = part_under(q, c);
-    const int64_t c0 = group * g.channels_per_group() + c.begin, pixels = part.g.H * g.W;
-    const auto flip = DLOPS_SIMD(transpose, scalar_t, sum_t);
-    for (int64_t n = 0; n < part.g.N; ++n) {
-      const int64_t first = ((part.image + n) * g.H + part.row) * g.W;
-      flip(input + first * g.C + c0, g.C, pixels, part.g.C, planes + n * part.g.C * pixels, pixels);
-    }
-    const ColumnBlock block{0, part.g.C, part.q.begin, part.q.end};
-    DLOPS_SIMD(fill_columns, sum_t, sum_t)(part.g, block, planes, space, q.end - q.begin);
-    return {space, q.end - q.begin};
-  }
-
   // Calls f(pointer to output channel 0 of the group at the run's first pixel, run's offset in the
   // block, pixels) for each image of a contiguous output that the block touches.
   template <class pointer_t, class F>
