@@ -78,10 +78,16 @@ struct Tile {
   bool accumulate;
 };
 
+// How A lies: its rows or its columns are dense, or neither. With all strides in variables, the
+// addresses of a tile's rows take registers that are not there.
+enum class Form { kRows, kColumns, kAny };
+
 // `rows` rows and t.width columns of C, which are `vectors` vectors. Reads all of these in B.
-template <int rows, int vectors, class T>
+template <int rows, int vectors, Form form, class T>
 DLOPS_TARGET void multiply(const Tile<T>& t) {
   using O = Operand<T>;
+  const int64_t lda = form == Form::kColumns ? 1 : t.lda;
+  const int64_t step = form == Form::kRows ? 1 : t.step;
   using sum_t = typename O::sum_t;
   using V = Vec<sum_t>;
   V sums[rows][vectors];
@@ -92,13 +98,13 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
   for (int64_t f = 0; f < t.count; ++f) {
     const T *a = t.factors[f].a + t.a, *b = t.factors[f].b + t.b;
     for (int64_t term = 0; term < t.terms;
-         term += O::kStep, a += O::kStep * t.step, b += O::kStep * t.ldb) {
+         term += O::kStep, a += O::kStep * step, b += O::kStep * t.ldb) {
       typename O::Register row[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) row[v] = O::load(b + O::kStep * v * V::size());
 #pragma GCC unroll 12
       for (int i = 0; i < rows; ++i) {
-        const typename O::Register factor = O::spread(a + i * t.lda);
+        const typename O::Register factor = O::spread(a + i * lda);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sums[i][v] = O::add(factor, row[v], sums[i][v]);
       }
@@ -126,16 +132,26 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
 template <class T>
 using Multiply = void (*)(const Tile<T>&);
 
-// multiply<rows, vectors>, for the sizes that there are registers for.
-template <class T>
+// multiply<rows, vectors, form>, for the sizes that there are registers for.
+template <Form form, class T>
 Multiply<T> multiply_of(int64_t rows, int64_t vectors) {
   static constexpr auto table = []<int... v>(std::integer_sequence<int, v...>) {
     return std::array{[]<int width, int... r>(std::integral_constant<int, width>,
                                               std::integer_sequence<int, r...>) {
-      return std::array<Multiply<T>, kTallest>{&multiply<r + 1, width, T>...};
+      return std::array<Multiply<T>, kTallest>{&multiply<r + 1, width, form, T>...};
     }(std::integral_constant<int, v + 1>{}, std::make_integer_sequence<int, rows_of(v + 1)>{})...};
   }(std::make_integer_sequence<int, kWidest>{});
   return table[static_cast<size_t>(vectors - 1)][static_cast<size_t>(rows - 1)];
+}
+
+template <class T>
+Multiply<T> multiply_of(const Tile<T>& t, int64_t rows, int64_t vectors) {
+  if constexpr (Operand<T>::kStep == 1) {
+    if (t.step != 1)
+      return t.lda == 1 ? multiply_of<Form::kColumns, T>(rows, vectors)
+                        : multiply_of<Form::kAny, T>(rows, vectors);
+  }
+  return multiply_of<Form::kRows, T>(rows, vectors);
 }
 
 // Rows of the only B side by side, filled up with zeros.
@@ -175,7 +191,7 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
     for (int64_t i = 0; i < m; i += rows) {
       part.a = shift + i * t.lda + k0 * t.step;
       part.c = c + i * t.ldc + j;
-      multiply_of<T>(std::min(rows, m - i), vectors)(part);
+      multiply_of(part, std::min(rows, m - i), vectors)(part);
     }
   }
 }
