@@ -27,7 +27,7 @@ class PairSums : public WeightTasks {
 
   int64_t cells() const { return static_cast<int64_t>(cells_.size()); }
   int64_t cell(int64_t i) const { return cells_[static_cast<size_t>(i)]; }  // ascending
-  // Of cell(i) and the outputs of a block, from a channel on.
+  // Of cell(i) and the outputs of a block, from a channel on; the next cell's follow the last.
   float* at(int64_t chunk, int64_t group, int64_t i, int64_t channel, int64_t block) const {
     const int64_t matrix = (chunk * g_.groups + group) * cells() + i;
     return data_ + (matrix * g_.channels_per_group() + channel) * ld() + block * kBlock;

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <vector>
 
+#include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_pairs_sums.h"
 #include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_strip_copies.h"
@@ -25,6 +26,12 @@ struct Unit {
   int64_t pairs;  // of pixels of an image
 };
 
+// Few channels make thin products, a chain of dependent additions each: then all cells are rows of
+// one, for which their shifts of the planes are copied.
+bool copies_cells(const Conv2dGeometry& g) {
+  return g.R * g.S > 1 && g.channels_per_group() <= kFewChannels;
+}
+
 // How a batch is cut into units. It depends on the shapes alone.
 struct Cut {
   int64_t rows, images, strips, units;
@@ -46,8 +53,9 @@ struct Cut {
   }
   // The planes and the gradient of some output rows of an image.
   static int64_t elements(const Conv2dGeometry& g, const PlaneLayout& layout, int64_t rows) {
+    const int64_t copies = copies_cells(g) ? g.column_rows() : 0;
     return g.channels_per_group() * layout.channel_size(rows) +
-           g.outputs_per_group() * rows * layout.pitch;
+           (g.outputs_per_group() + copies) * rows * layout.pitch;
   }
 };
 
@@ -65,11 +73,11 @@ class PlanesByPairs {
   bool run(BFloat16* result, bool last) {
     std::atomic<bool> finite = true;
     sums_.fill([&](const auto& each) {
-      Scratch scratch(Scratch::size<BFloat16>(planes_size()) +
-                      Scratch::size<BFloat16>(pairs_size()) +
-                      Scratch::size<BFloat16>(space_size()));
+      Scratch scratch(
+          Scratch::size<BFloat16>(planes_size()) + Scratch::size<BFloat16>(pairs_size()) +
+          Scratch::size<BFloat16>(space_size()) + Scratch::size<BFloat16>(cells_size()));
       const Space space{scratch.take<BFloat16>(planes_size()), scratch.take<BFloat16>(pairs_size()),
-                        scratch.take<BFloat16>(space_size())};
+                        scratch.take<BFloat16>(space_size()), scratch.take<BFloat16>(cells_size())};
       each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks, bool first) {
         if (finite && !add_unit(chunk, group, unit, blocks, first, space)) finite = false;
       });
@@ -80,7 +88,7 @@ class PlanesByPairs {
 
  private:
   struct Space {
-    BFloat16 *planes, *pairs, *rows;
+    BFloat16 *planes, *pairs, *rows, *cells;
   };
 
   int64_t channels() const { return g_.channels_per_group(); }
@@ -105,6 +113,12 @@ class PlanesByPairs {
     return (input_.last ? std::max(rows * g_.W * channels(), kBlock) : grad) + kPlaneSlack;
   }
 
+  int64_t cells_size() const {
+    return copies_cells(g_) ? cut_.images * rows() * pairs(cut_.rows) * 2 : 0;
+  }
+  // Of all cells' products.
+  int64_t rows() const { return sums_.cells() * channels(); }
+
   // False if one of its numbers is not finite.
   bool add_unit(int64_t chunk, int64_t group, int64_t index, Interval blocks, bool first,
                 Space space) const {
@@ -123,7 +137,14 @@ class PlanesByPairs {
     if (!finite(space.planes, unit.images * channels() * unit.plane) ||
         !finite(space.pairs, to - space.pairs))
       return false;
-    multiply(chunk, group, unit, blocks, first, space);
+    if (copies_cells(g_)) {
+      copy_cells(unit, space);
+      multiply(chunk, group, unit, blocks, first, space.pairs,
+               {space.cells, rows(), unit.pairs * 2});
+    } else {
+      multiply(chunk, group, unit, blocks, first, space.pairs,
+               {space.planes, channels(), unit.plane});
+    }
     return true;
   }
 
@@ -190,24 +211,45 @@ class PlanesByPairs {
     turn(space, unit.pairs, width, unit.pairs, to, width);
   }
 
+  // The rows of all cells as [image][cell][channel].
+  void copy_cells(const Unit& unit, Space space) const {
+    BFloat16* to = space.cells;
+    for (int64_t n = 0; n < unit.images; ++n) {
+      for (int64_t i = 0; i < sums_.cells(); ++i) {
+        const BFloat16* from = space.planes + n * channels() * unit.plane + offset(unit, i);
+        for (int64_t c = 0; c < channels(); ++c, to += unit.pairs * 2)
+          std::copy_n(from + c * unit.plane, unit.pairs * 2, to);
+      }
+    }
+  }
+  // Where the first pixel meets a cell.
+  int64_t offset(const Unit& unit, int64_t i) const {
+    return layout_.offset(g_, unit.rows, sums_.cell(i) / g_.S, sums_.cell(i) % g_.S);
+  }
+
+  // The left matrices of a unit's products: `rows` of an image, `ld` apart.
+  struct Left {
+    const BFloat16* data;
+    int64_t rows, ld;
+  };
+
   void multiply(int64_t chunk, int64_t group, const Unit& unit, Interval blocks, bool first,
-                Space space) const {
+                const BFloat16* b, Left left) const {
     std::vector<Factors<BFloat16>> factors;  // of all images, for each block
-    const BFloat16* b = space.pairs;
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * sums_.width(block))
-        factors.push_back({space.planes + n * channels() * unit.plane, b});
+        factors.push_back({left.data + n * left.rows * left.ld, b});
     }
-    for (int64_t i = 0; i < sums_.cells(); ++i) {
-      const int64_t r = sums_.cell(i) / g_.S, s = sums_.cell(i) % g_.S;
-      const int64_t offset = layout_.offset(g_, unit.rows, r, s);
-      for (int64_t c = 0; c < channels(); c += kBlock) {
+    const bool together = copies_cells(g_);
+    for (int64_t i = 0; i < (together ? 1 : sums_.cells()); ++i) {
+      const int64_t shift = together ? 0 : offset(unit, i);
+      for (int64_t c = 0; c < left.rows; c += kBlock) {
         const Factors<BFloat16>* images = factors.data();
         for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images)
           matmul_of_padded(
-              std::min(kBlock, channels() - c), sums_.width(block), unit.pairs * 2, images,
+              std::min(kBlock, left.rows - c), sums_.width(block), unit.pairs * 2, images,
               unit.images,
-              {.lda = unit.plane, .ldb = sums_.width(block), .shift = offset + c * unit.plane},
+              {.lda = left.ld, .ldb = sums_.width(block), .shift = shift + c * left.ld},
               sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
       }
     }
