@@ -127,7 +127,7 @@ class PackedWeights {
         if constexpr (!kPairs) {
           std::copy_n(row, width, to);
         } else if (even) {
-          DLOPS_SIMD(pair_rows, operand_t)(row, row + cells() * width, to, width);
+          DLOPS_SIMD(pair_rows, operand_t)(row, row + cells() * width, 0, 1, to, width);
         } else {
           const int64_t odd = (place(cell) * k_.in_channels + i) % 2;  // the second of its pair
           to += odd - odd * k_.block();

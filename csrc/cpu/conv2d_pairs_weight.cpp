@@ -183,19 +183,19 @@ class PlanesByPairs {
                    BFloat16* zeros) const {
     const auto join = DLOPS_SIMD(pair_rows, BFloat16);
     std::fill_n(zeros, width, BFloat16(0));
-    int64_t row = 0, col = 0;
-    const auto next = [&] {
-      const BFloat16* pixel =
-          row < unit.rows && col < g_.OW ? grad + (row * g_.OW + col) * g_.O : zeros;
-      if (++col == layout_.pitch) {
-        col = 0;
-        ++row;
-      }
-      return pixel;
-    };
-    for (int64_t i = 0; i < unit.pairs; ++i, to += 2 * width) {
-      const BFloat16 *even = next(), *odd = next();
-      join(even, odd, to, width);
+    const bool one = layout_.pitch == g_.OW;  // row goes on where the one before it ends
+    const int64_t rows = one ? 1 : unit.rows, count = one ? unit.rows * g_.OW : g_.OW;
+    int64_t pair = 0;  // that is filled next
+    for (int64_t row = 0; row < rows; ++row, grad += count * g_.O) {
+      const int64_t begin = row * layout_.pitch, odd = begin % 2, end = begin + count;
+      std::fill(to + pair * 2 * width, to + begin / 2 * 2 * width, BFloat16(0));
+      pair = begin / 2;
+      if (odd == 1) join(zeros, grad, 0, 1, to + pair++ * 2 * width, width);
+      const BFloat16* first = grad + odd * g_.O;
+      join(first, first + g_.O, 2 * g_.O, end / 2 - pair, to + pair * 2 * width, width);
+      pair = end / 2;
+      if (end % 2 == 1)
+        join(grad + (count - 1) * g_.O, zeros, 0, 1, to + pair++ * 2 * width, width);
     }
   }
   void turn_pairs(const Unit& unit, int64_t n, int64_t o0, int64_t width, BFloat16* to,
@@ -354,7 +354,7 @@ class ImagesByPairs {
         const auto pixel = [&](int64_t i) {
           return rows[i] + p * (grad_.last && n + i < count ? g_.O : kBlock);
         };
-        join(pixel(0), pixel(1), to + (p * depth_ + n) * kBlock, width);
+        join(pixel(0), pixel(1), 0, 1, to + (p * depth_ + n) * kBlock, width);
       }
     }
   }

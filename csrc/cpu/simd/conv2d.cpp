@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/simd/lanes.h"
 #include "cpu/simd/load_store.h"
 #include "cpu/simd/phased_rows.h"
 
@@ -442,10 +443,16 @@ sum_t sum_row(const from_t* from, int64_t count) {
 }
 
 template <int capability, class T>
-void pair_rows(const T* even, const T* odd, T* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    to[2 * i] = even[i];
-    to[2 * i + 1] = odd[i];
+void pair_rows(const T* even, const T* odd, int64_t ld, int64_t pairs, T* to, int64_t count) {
+  static_assert(sizeof(T) == 2);
+  constexpr int64_t L = kVectorBytes / 4;
+  const auto bits = [](const T* row) { return reinterpret_cast<const uint16_t*>(row); };
+  for (int64_t p = 0; p < pairs; ++p, even += ld, odd += ld, to += 2 * count) {
+    for (int64_t i = 0; i < count; i += L) {
+      const auto first = load_part<uint32_t, L>(bits(even + i), count - i);
+      const auto second = load_part<uint32_t, L>(bits(odd + i), count - i);
+      store_part<L>(first | second << 16, reinterpret_cast<uint32_t*>(to + 2 * i), count - i);
+    }
   }
 }
 
@@ -502,7 +509,7 @@ template void transpose<DLOPS_CAPABILITY, c10::BFloat16, c10::BFloat16>(const c1
                                                                         int64_t, int64_t, int64_t,
                                                                         c10::BFloat16*, int64_t);
 template void pair_rows<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, const c10::BFloat16*,
-                                                         c10::BFloat16*, int64_t);
+                                                         int64_t, int64_t, c10::BFloat16*, int64_t);
 template void transpose_pairs<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t,
                                                                int64_t, int64_t, c10::BFloat16*,
                                                                int64_t);
