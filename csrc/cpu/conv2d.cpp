@@ -100,12 +100,6 @@ std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Co
   return result;
 }
 
-// Few input channels: the columns of contiguous images are rows that are copied whole, and products
-// with them leave contiguous outputs as they are.
-bool few_channels(const Conv2dGeometry& g) {
-  return g.channels_per_group() <= kFewChannels && g.R * g.S > 1;
-}
-
 // Groups with few channels make thin matrices in channels_last: those run contiguous.
 at::MemoryFormat compute_format(const Conv2dGeometry& g, at::MemoryFormat format) {
   return has_thin_groups(g) ? at::MemoryFormat::Contiguous : format;
@@ -199,7 +193,7 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     return result.contiguous(format);
   }
   const bool by_rows =
-      few_channels(g) && computed == at::MemoryFormat::Contiguous &&
+      has_few_channels(g) && computed == at::MemoryFormat::Contiguous &&
       (g.column_rows() <= 32 || input.scalar_type() != at::kBFloat16 || !multiplies_bfloat16());
   if (takes_strips(g, input.scalar_type(), computed) && !by_rows) {
     strips_forward(g, dense, weight, sum_bias, result, computed);
@@ -412,7 +406,7 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     return result.copy_(plain);
   }
   // Rows of columns are copied faster than columns one after another.
-  const bool by_rows = few_channels(g) && computed == at::MemoryFormat::Contiguous &&
+  const bool by_rows = has_few_channels(g) && computed == at::MemoryFormat::Contiguous &&
                        (g.column_rows() > 32 || g.outputs_per_group() < 64);
   if (computed == format && takes_pairs(g, input.scalar_type()) &&
       pairs_grad_weight(g, dense_grad, dense_input, result, format))

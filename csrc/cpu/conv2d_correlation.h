@@ -73,10 +73,6 @@ struct Correlation {
   }
 };
 
-// Up to this many channels, im2col makes deeper products and costs little where images are copied
-// anyway.
-constexpr int64_t kFewChannels = 8;
-
 inline Correlation forward_correlation(const Conv2dGeometry& g, bool copied) {
   Correlation result{g.N,
                      g.groups,
@@ -93,7 +89,7 @@ inline Correlation forward_correlation(const Conv2dGeometry& g, bool copied) {
   result.places.assign(static_cast<size_t>(g.R * g.S), -1);
   result.add(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h),
              forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w), 0, 0);
-  if (copied && result.taps > 1 && g.channels_per_group() <= kFewChannels) result.unfold();
+  if (copied && result.taps > 1 && has_few_channels(g)) result.unfold();
   return result;
 }
 

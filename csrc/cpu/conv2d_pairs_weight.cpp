@@ -1,9 +1,9 @@
 #include "cpu/conv2d_pairs_weight.h"
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
-#include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_pairs_sums.h"
 #include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_strip_copies.h"
@@ -28,9 +28,7 @@ struct Unit {
 
 // Few channels make thin products, a chain of dependent additions each: then all cells are rows of
 // one, for which their shifts of the planes are copied.
-bool copies_cells(const Conv2dGeometry& g) {
-  return g.R * g.S > 1 && g.channels_per_group() <= kFewChannels;
-}
+bool copies_cells(const Conv2dGeometry& g) { return has_few_channels(g); }
 
 // How a batch is cut into units. It depends on the shapes alone.
 struct Cut {
@@ -114,10 +112,10 @@ class PlanesByPairs {
   }
 
   int64_t cells_size() const {
-    return copies_cells(g_) ? cut_.images * rows() * pairs(cut_.rows) * 2 : 0;
+    return copies_cells(g_) ? cut_.images * cell_rows() * pairs(cut_.rows) * 2 : 0;
   }
   // Of all cells' products.
-  int64_t rows() const { return sums_.cells() * channels(); }
+  int64_t cell_rows() const { return sums_.cells() * channels(); }
 
   // False if one of its numbers is not finite.
   bool add_unit(int64_t chunk, int64_t group, int64_t index, Interval blocks, bool first,
@@ -140,7 +138,7 @@ class PlanesByPairs {
     if (copies_cells(g_)) {
       copy_cells(unit, space);
       multiply(chunk, group, unit, blocks, first, space.pairs,
-               {space.cells, rows(), unit.pairs * 2});
+               {space.cells, cell_rows(), unit.pairs * 2});
     } else {
       multiply(chunk, group, unit, blocks, first, space.pairs,
                {space.planes, channels(), unit.plane});
@@ -246,7 +244,7 @@ class PlanesByPairs {
       for (int64_t c = 0; c < left.rows; c += kBlock) {
         const Factors<BFloat16>* images = factors.data();
         for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images)
-          matmul_of_padded(
+          matmul_of_factors(
               std::min(kBlock, left.rows - c), sums_.width(block), unit.pairs * 2, images,
               unit.images,
               {.lda = left.ld, .ldb = sums_.width(block), .shift = shift + c * left.ld},
@@ -367,10 +365,10 @@ class ImagesByPairs {
         const std::vector<Factors<BFloat16>> met =
             meetings(sums_.cell(i), input, pairs + (block - blocks.begin) * block_size());
         for (int64_t c = 0; c < channels(); c += kBlock)
-          matmul_of_padded(std::min(kBlock, channels() - c), sums_.width(block), depth_, met.data(),
-                           static_cast<int64_t>(met.size()),
-                           {.lda = channel, .ldb = kBlock, .shift = c * channel},
-                           sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
+          matmul_of_factors(std::min(kBlock, channels() - c), sums_.width(block), depth_,
+                            met.data(), static_cast<int64_t>(met.size()),
+                            {.lda = channel, .ldb = kBlock, .shift = c * channel},
+                            sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
       }
     }
   }

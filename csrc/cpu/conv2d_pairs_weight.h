@@ -4,7 +4,8 @@
 //
 // for each kernel cell one matrix product whose depth is the pixels of a strip. The input stands in
 // phase planes (simd/conv2d_planes.h), where each cell is a shift, and the gradient in pairs of
-// pixels, as such a product wants its right matrix.
+// pixels, as such a product wants its right matrix. Few channels make one product of all cells, and
+// many small images are the depth themselves.
 #pragma once
 
 #include <ATen/core/Tensor.h>

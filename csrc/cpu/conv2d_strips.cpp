@@ -36,8 +36,8 @@ void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t
               const std::vector<Factors<operand_t>>& factors, Strides sa, int64_t ldb, sum_t* c,
               Strides sc) {
   const auto add = [&](int64_t m, int64_t shift, int64_t lda, sum_t* to, int64_t ldc) {
-    matmul_of_padded(m, width, depth, factors.data(), static_cast<int64_t>(factors.size()),
-                     {.lda = lda, .ldb = ldb, .shift = shift}, to, ldc, true);
+    matmul_of_factors(m, width, depth, factors.data(), static_cast<int64_t>(factors.size()),
+                      {.lda = lda, .ldb = ldb, .shift = shift}, to, ldc, true);
   };
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
   if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);

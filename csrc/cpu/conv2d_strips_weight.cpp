@@ -4,13 +4,17 @@
 //
 // a sum of matrix products whose depth is the pixels of a row, a column or the images, with the
 // input in channels_last order and the gradient in either. Pixels at the border, which meet fewer
-// cells, are products of their own: nothing is multiplied with padding.
+// cells, are products of their own: but for few channels, which go through im2col where they are
+// copied anyway, nothing is multiplied with padding.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <array>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/conv2d_correlation.h"
@@ -31,8 +35,8 @@ struct Axis {
 
 // C += A B, where the sum runs over three axes, the outermost first.
 template <class T>
-void add_products(int64_t m, int64_t n, Factors<T> at, int64_t lda, std::array<Axis, 3> axes, T* c,
-                  int64_t ldc) {
+void add_products(int64_t m, int64_t n, Factors<T> first, int64_t lda, std::array<Axis, 3> axes,
+                  bool padded, T* c, int64_t ldc) {
   // An axis that goes on where the next one ends is a part of it.
   for (size_t i = 1; i < axes.size(); ++i) {
     Axis &outer = axes[i - 1], &inner = axes[i];
@@ -45,16 +49,17 @@ void add_products(int64_t m, int64_t n, Factors<T> at, int64_t lda, std::array<A
     constexpr int64_t kFew = 4, kLong = 1024;
     return x.a == 1 && x.count >= kFew ? x.count + kLong : x.count;
   };
-  const auto longest = std::max_element(
-      axes.begin(), axes.end(), [&](const Axis& x, const Axis& y) { return value(x) <= value(y); });
+  const auto longest =  // the innermost of equal ones
+      std::max_element(axes.rbegin(), axes.rend(),
+                       [&](const Axis& x, const Axis& y) { return value(x) < value(y); });
   std::swap(*longest, axes.back());
   const auto [outer, inner, depth] = axes;
   std::vector<Factors<T>> factors;
   for (int64_t i = 0; i < outer.count; ++i)
     for (int64_t j = 0; j < inner.count; ++j)
-      factors.push_back({at.a + i * outer.a + j * inner.a, at.b + i * outer.b + j * inner.b});
-  matmul_of_padded(m, n, depth.count, factors.data(), static_cast<int64_t>(factors.size()),
-                   {.lda = lda, .ldb = depth.b, .step = depth.a}, c, ldc, true);
+      factors.push_back({first.a + i * outer.a + j * inner.a, first.b + i * outer.b + j * inner.b});
+  matmul_of_factors(m, n, depth.count, factors.data(), static_cast<int64_t>(factors.size()),
+                    {.lda = lda, .ldb = depth.b, .step = depth.a, .padded = padded}, c, ldc, true);
 }
 
 // How a batch is cut into units, each some images or some rows of one: what a product reads stays
@@ -93,7 +98,7 @@ class WeightGradient {
         taps_h_(live(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h))),
         taps_w_(live(forward_axis(g.OW, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w))),
         in_place_(kSameType && last),
-        few_(g.R * g.S > 1 && g.channels_per_group() <= kFewChannels),
+        few_(has_few_channels(g)),
         unfolds_(few_ && !in_place_ && taps_h_.taps() == g.R && taps_w_.taps() == g.S),
         rows_(unfolds_ ? forward_axis(g.OH, g.OH, 1, 1, 0, 1) : taps_h_),
         cols_(unfolds_ ? forward_axis(g.OW, g.OW, 1, 1, 0, 1) : taps_w_),
@@ -133,6 +138,7 @@ class WeightGradient {
   struct Images {
     const sum_t* data;
     int64_t image, row, pixel, channel;
+    bool padded = true;  // whether products may read past the last of them
   };
   struct Unit {
     int64_t group;
@@ -152,7 +158,7 @@ class WeightGradient {
 
   int64_t input_size() const {
     if (unfolds_) return cut_.images * unfolder_.size(cut_.rows);
-    if (in_place_ && (turned() || !reads_past(channels()))) return 0;
+    if (in_place_) return 0;
     int64_t rows = 0;
     for (int64_t y = 0; y < g_.OH; y += cut_.rows)
       rows = std::max(rows, length(source_rows({y, std::min(g_.OH, y + cut_.rows)})));
@@ -160,14 +166,11 @@ class WeightGradient {
   }
   int64_t space_size() const { return unfolds_ ? unfolder_.space_size(cut_.rows) : 0; }
   int64_t grad_size() const {
-    if (kSameType && !(turned() && reads_past(outputs()))) return 0;
-    return cut_.images * cut_.rows * g_.OW * std::min(kBlock, outputs()) + kPadding;
+    return kSameType ? 0 : cut_.images * cut_.rows * g_.OW * std::min(kBlock, outputs());
   }
-  // Whether products of rows of such a length, in B, read past their ends; and whether they may,
-  // where the rows end there.
-  static bool reads_past(int64_t length) { return length % 16 != 0; }
-  static bool whole(const ImageView<scalar_t>& view, int64_t images, const scalar_t* end) {
-    return end + kPadding <= view.data + images * view.plane() * view.channels;
+  // Whether products of rows that stand in `view` up to `end`, in B, may read past it.
+  bool padded(const ImageView<scalar_t>& view, const scalar_t* end) const {
+    return end + kPadding <= view.data + g_.N * view.plane() * view.channels;
   }
 
   Interval source_rows(Interval y) const {
@@ -201,9 +204,13 @@ class WeightGradient {
     const int64_t c0 = unit.group * channels();
     if constexpr (kSameType) {
       const scalar_t* end = input_.at(unit.images.end - 1, c0, unit.rows.end, 0);
-      if (in_place_ && (turned() || !reads_past(channels()) || whole(input_, g_.N, end)))
-        return {input_.at(unit.images.begin, c0, unit.rows.begin, 0), g_.H * g_.W * g_.C,
-                g_.W * g_.C, g_.C, 1};
+      if (in_place_)
+        return {input_.at(unit.images.begin, c0, unit.rows.begin, 0),
+                g_.H * g_.W * g_.C,
+                g_.W * g_.C,
+                g_.C,
+                1,
+                padded(input_, end)};
     }
     const int64_t row = width() * depth(), image = length(unit.rows) * row;
     sum_t* to = space.input;
@@ -224,9 +231,8 @@ class WeightGradient {
     const int64_t image = g_.O * g_.output_pixels();
     if constexpr (kSameType) {
       const scalar_t* end = grad_.at(unit.images.end - 1, o0, unit.y.end, 0);
-      if (in_place_ && (!turned() || !reads_past(outputs()) || whole(grad_, g_.N, end)))
-        return {from, image, g_.OW * g_.O, g_.O, 1};
-      if (!grad_.last) return {from, image, g_.OW, 1, grad_.plane()};
+      if (grad_.last) return {from, image, g_.OW * g_.O, g_.O, 1, padded(grad_, end)};
+      return {from, image, g_.OW, 1, grad_.plane()};
     }
     const auto convert = DLOPS_SIMD(convert_row, scalar_t, sum_t);
     const int64_t outs = tasks_.width(block), pixels = length(unit.y) * g_.OW;
@@ -263,10 +269,10 @@ class WeightGradient {
       if (turned()) {
         for (Axis& axis : axes) std::swap(axis.a, axis.b);
         sums += (unit.group * g_.column_rows() + place) * outputs() + block * kBlock;
-        add_products(size, width, {b, a}, input.channel, axes, sums, outputs());
+        add_products(size, width, {b, a}, input.channel, axes, grad.padded, sums, outputs());
       } else {
         sums += output * g_.column_rows() + place;
-        add_products(width, size, {a, b}, grad.channel, axes, sums, g_.column_rows());
+        add_products(width, size, {a, b}, grad.channel, axes, input.padded, sums, g_.column_rows());
       }
     }
   }

@@ -10,6 +10,12 @@
 
 namespace dlops::cpu {
 
+// Few enough that products with each kernel cell are thin, and im2col costs little where images are
+// copied anyway.
+inline bool has_few_channels(const Conv2dGeometry& g) {
+  return g.R * g.S > 1 && g.channels_per_group() <= 8;
+}
+
 inline int64_t length(Interval i) { return i.end - i.begin; }
 inline Interval intersect(Interval a, Interval b) {
   const int64_t begin = std::max(a.begin, b.begin);

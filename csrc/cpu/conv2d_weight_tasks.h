@@ -35,9 +35,8 @@ class WeightTasks {
     return std::min(kBlock, g_.outputs_per_group() - block * kBlock);
   }
 
-  // Runs begin() on each thread, and what it returns on each of its units as
-  // (chunk, group, unit, blocks, first), where the first unit of a chunk is the first to write its
-  // sums.
+  // Calls begin_thread(each) on each thread; each(add) calls add(chunk, group, unit, blocks, first)
+  // for its units, where the first unit of a chunk is the first to write its sums.
   template <class Begin>
   void fill(const Begin& begin_thread) const {
     const int64_t work = g_.N * g_.output_pixels() * g_.column_rows() * g_.outputs_per_group() /

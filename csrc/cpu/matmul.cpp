@@ -31,7 +31,7 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
   if constexpr (std::is_floating_point_v<scalar_t>) {
     const Factors<scalar_t> factors{a, b};
     DLOPS_SIMD(matmul_in_order, scalar_t)
-    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb}, false, c, ldc, accumulate);
+    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb, .padded = false}, c, ldc, accumulate);
   } else {
     at::AutoDispatchBelowAutograd below_autograd;
     at::Tensor product = matrix(c, m, n, ldc);
@@ -53,11 +53,11 @@ bool multiplies_bfloat16() {
 }
 
 template <class T, class sum_t>
-void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                      const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate) {
+void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+                       const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate) {
   if constexpr (std::is_same_v<T, sum_t>) {
     DLOPS_SIMD(matmul_in_order, T)
-    (m, n, k, factors, count, strides, true, c, ldc, accumulate);
+    (m, n, k, factors, count, strides, c, ldc, accumulate);
   } else {
 #if defined(__x86_64__)
     matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, accumulate);
@@ -67,13 +67,13 @@ void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors
   }
 }
 
-#define DLOPS_INSTANTIATE_PADDED(T, sum_t)                                                        \
-  template void matmul_of_padded<T, sum_t>(int64_t, int64_t, int64_t, const Factors<T>*, int64_t, \
-                                           const FactorStrides&, sum_t*, int64_t, bool);
+#define DLOPS_INSTANTIATE_FACTORS(T, sum_t)                                                        \
+  template void matmul_of_factors<T, sum_t>(int64_t, int64_t, int64_t, const Factors<T>*, int64_t, \
+                                            const FactorStrides&, sum_t*, int64_t, bool);
 
-DLOPS_INSTANTIATE_PADDED(double, double)
-DLOPS_INSTANTIATE_PADDED(float, float)
-DLOPS_INSTANTIATE_PADDED(c10::BFloat16, float)
+DLOPS_INSTANTIATE_FACTORS(double, double)
+DLOPS_INSTANTIATE_FACTORS(float, float)
+DLOPS_INSTANTIATE_FACTORS(c10::BFloat16, float)
 
 #define DLOPS_INSTANTIATE(scalar_t)                                                   \
   template void matmul<scalar_t>(int64_t, int64_t, int64_t, const scalar_t*, int64_t, \

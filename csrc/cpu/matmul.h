@@ -28,7 +28,7 @@ constexpr int64_t kPadding = 64;
 // (i, j) at b[i / 2][j][i % 2], the pairs `ldb` pairs of numbers apart. A part of B that begins at
 // an even row i begins at b + i * ldb, as in a row-major matrix.
 template <class T, class sum_t>
-void matmul_of_padded(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                      const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate);
+void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
+                       const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate);
 
 }  // namespace dlops::cpu

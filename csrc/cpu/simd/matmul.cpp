@@ -174,15 +174,17 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
   constexpr int64_t L = Vec<typename Operand<T>::sum_t>::size();
   const int64_t columns = even_part((n + L - 1) / L, kWidest) * L;
   const int64_t rows = even_part(m, rows_of(static_cast<int>(columns / L)));
-  const Factors<T> only{t.factors->a, packed};
+
   for (int64_t j = 0; j < n; j += columns) {
     Tile<T> part = t;
+    Factors<T> only;
     part.width = std::min(columns, n - j);
     part.b = k0 * t.ldb + j * Operand<T>::kStep;
     const int64_t vectors = (part.width + L - 1) / L;
     if constexpr (Operand<T>::kStep == 1) {
       if (packed != nullptr && part.width % L != 0) {
         pack(part, vectors, packed);
+        only = {t.factors->a, packed};
         part.factors = &only;
         part.b = 0;
         part.ldb = vectors * L;
@@ -230,10 +232,10 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
 
 template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                     const FactorStrides& strides, bool padded, T* c, int64_t ldc,
-                     bool accumulate) {
+                     const FactorStrides& strides, T* c, int64_t ldc, bool accumulate) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
-  product(m, n, k, factors, count, strides, c, ldc, accumulate, padded ? nullptr : packed);
+  const bool whole = strides.padded || n % Vec<T>::size() == 0;  // vectors of B are
+  product(m, n, k, factors, count, strides, c, ldc, accumulate, whole ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
@@ -246,8 +248,8 @@ void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat1
 
 #define DLOPS_INSTANTIATE(T)                                                                       \
   template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const Factors<T>*, \
-                                                     int64_t, const FactorStrides&, bool, T*,      \
-                                                     int64_t, bool);
+                                                     int64_t, const FactorStrides&, T*, int64_t,   \
+                                                     bool);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
