@@ -103,7 +103,7 @@ def wraps(op: str, call: Call) -> bool:
 
 
 def counts_in_32_bits() -> bool:
-    """Whether native does in unfold, fold and max_pool2d: torch 2.11 has -1 windows here."""
+    """Whether native does, in unfold, fold and max_pool2d: torch 2.11 has -1 windows here."""
     try:
         native.unfold(torch.empty(0, 1, 1, 4), 1, padding=2**31 - 1)
     except RuntimeError:
@@ -116,7 +116,7 @@ COUNTS_IN_32_BITS = counts_in_32_bits()
 
 def past_32_bits(op: str, call: Call) -> bool:
     window = axes(op, call) if COUNTS_IN_32_BITS and op in WINDOWED[1:] else None
-    return window is not None and any(axis.padded >= 2**31 for axis in window)
+    return window is not None and any(max(*a, a.padded, a.span) >= 2**31 for a in window)
 
 
 def window_in_padding(op: str, call: Call) -> bool:
