@@ -175,6 +175,27 @@ def weight_of_other_dtype(op: str, call: Call) -> bool:
     return weight.dtype != logits.dtype
 
 
+def counts_probabilities() -> bool:
+    """Whether native refuses these for their number, as torch 2.11 does, before their type."""
+    try:
+        native.cross_entropy(torch.empty(1), torch.empty(2))
+    except ValueError:
+        return True
+    except RuntimeError:
+        return False
+    raise AssertionError("native took two targets for one row")
+
+
+COUNTS_PROBABILITIES = counts_probabilities()
+
+
+def probabilities_as_labels(op: str, call: Call) -> bool:
+    logits, target = call.specs.get("input"), call.specs.get("target")
+    if not COUNTS_PROBABILITIES or op != "focal_loss" or logits is None or target is None:
+        return False
+    return len(logits.shape) == len(target.shape) == 1 and target.dtype in FLOATING
+
+
 def smoothing_is_nan(op: str, call: Call) -> bool:
     smoothing = call.arguments.get("label_smoothing")
     return smoothing != smoothing
@@ -254,6 +275,7 @@ OTHER_TYPES = [
     Known("native looks for dimensions that are not there", not_an_image),
     Known("a label_smoothing that is NaN is seen first", smoothing_is_nan),
     Known("a gamma that is no number is seen first", gamma_is_no_number),
+    Known("native counts the probabilities of a row as labels", probabilities_as_labels),
 ]
 
 
