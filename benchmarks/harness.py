@@ -94,7 +94,9 @@ def measure(
     torch.manual_seed(0)
     problem = case.build(device, dtype)
     with torch.no_grad():
-        grad_output = torch.randn_like(problem.contenders["native"](*problem.inputs))
+        output = problem.contenders["native"](*problem.inputs)
+    # Of a loss it is what loss.backward() makes it.
+    grad_output = torch.randn_like(output) if output.dim() > 0 else torch.ones_like(output)
     errors = check(problem, grad_output)
     rows = []
     for name, work in problem.work.items():

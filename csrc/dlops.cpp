@@ -52,10 +52,15 @@ TORCH_LIBRARY(dlops, m) {
       "SymInt[2] padding, SymInt[2] dilation) -> Tensor");
 
   // Focal losses: the value, its product with a covector (the backward), with a tangent (forward
-  // mode), and the derivative of the backward along a tangent.
+  // mode), and the derivative of the backward along a tangent. `and_grad` is the value with the
+  // product for a covector of ones, worked out together.
   m.def(
       "sigmoid_focal_loss(Tensor inputs, Tensor targets, Tensor? class_alpha, float alpha, "
       "float gamma, int reduction) -> Tensor");
+  m.def(
+      "sigmoid_focal_loss_and_grad(Tensor inputs, Tensor targets, Tensor? class_alpha, float "
+      "alpha, "
+      "float gamma, int reduction) -> (Tensor loss, Tensor grad_inputs)");
   m.def(
       "sigmoid_focal_loss_vjp(Tensor grad_output, Tensor inputs, Tensor targets, "
       "Tensor? class_alpha, float alpha, float gamma, int reduction, bool[2] output_mask) "
@@ -74,6 +79,10 @@ TORCH_LIBRARY(dlops, m) {
   m.def(
       "focal_loss(Tensor input, Tensor target, Tensor? weight, float gamma, SymInt ignore_index, "
       "int reduction, float label_smoothing) -> (Tensor loss, Tensor normalizer)");
+  m.def(
+      "focal_loss_and_grad(Tensor input, Tensor target, Tensor? weight, float gamma, "
+      "SymInt ignore_index, int reduction, float label_smoothing) "
+      "-> (Tensor loss, Tensor normalizer, Tensor grad_input)");
   m.def(
       "focal_loss_vjp(Tensor grad_output, Tensor normalizer, Tensor input, Tensor target, "
       "Tensor? weight, float gamma, SymInt ignore_index, int reduction, float label_smoothing, "

@@ -73,7 +73,7 @@ struct SigmoidFocal {
     const auto positive = M::ge(z, V(0));
     q = M::select(positive, larger, smaller);
     p = M::select(positive, smaller, larger);
-    cross_entropy = M::max(z, V(0)) + log;
+    cross_entropy = M::select(positive, z, V(0)) + log;
     power = focal_power<M>(q, gamma);
   }
   DLOPS_HOST_DEVICE V loss() const { return power * cross_entropy; }

@@ -293,6 +293,7 @@ def test_a_thread_keeps_little_between_calls() -> None:
 # What is kept for the backward pass, in bytes beyond the call's own arguments
 
 f32 = partial(torch.randn, requires_grad=True)
+bf16 = partial(f32, dtype=torch.bfloat16)
 SAVED: dict[str, tuple[Callable[..., Any], list[Any], set[int], int]] = {
     # op: function, arguments, which of them are kept as they are, bytes of what else is
     "conv2d": (F.conv2d, [f32(2, 4, 9, 9), f32(3, 4, 3, 3), f32(3)], {0, 1}, 0),
@@ -302,8 +303,10 @@ SAVED: dict[str, tuple[Callable[..., Any], list[Any], set[int], int]] = {
     "max_pool2d, over 256 cells": (F.max_pool2d, [f32(1, 1, 18, 18), 17, 1], set(), 8 * 4),
     "unfold": (F.unfold, [f32(2, 4, 8, 8), 3], set(), 0),
     "fold": (F.fold, [f32(2, 9, 36), 8, 3], set(), 0),
-    "focal_loss": (F.focal_loss, [f32(5, 7), torch.arange(5), torch.ones(7)], {0, 1, 2}, 4),
-    "sigmoid_focal_loss": (F.sigmoid_focal_loss, [f32(5, 7), torch.ones(5, 7)], {0, 1}, 0),
+    "focal_loss": (F.focal_loss, [f32(5, 7), torch.arange(5), torch.ones(7)], {0, 1, 2}, 144),
+    "focal_loss, low": (F.focal_loss, [bf16(5, 7), torch.arange(5)], {0, 1}, 4),
+    "sigmoid_focal_loss": (F.sigmoid_focal_loss, [f32(5, 7), torch.ones(5, 7)], {0, 1}, 140),
+    "sigmoid_focal_loss, soft": (F.sigmoid_focal_loss, [f32(5, 7), f32(5, 7)], {0, 1}, 0),
 }
 
 

@@ -25,7 +25,7 @@ def leaf(*size: int, seed: int = 0) -> torch.Tensor:
 
 
 def constants(*arguments: Any) -> tuple[Any, ...]:
-    """For the losses' second derivatives: there is no third."""
+    """For what has no derivative: the losses' second ones, and values with gradients."""
     return tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
 
 
@@ -97,6 +97,7 @@ def sigmoid_samples() -> list[Sample]:
         tangents = (leaf(4, 5, seed=3), leaf(4, 5, seed=4))
         samples += [
             Sample("sigmoid_focal_loss", call),
+            Sample("sigmoid_focal_loss_and_grad", constants(*call)),
             Sample("sigmoid_focal_loss_vjp", (grad_output, *call, mask)),
             Sample("sigmoid_focal_loss_vjp", (grad_output, *call, [True, False])),
             Sample("sigmoid_focal_loss_jvp", (*tangents, *call)),
@@ -119,6 +120,7 @@ def focal_samples() -> list[Sample]:
             tangents = (leaf(2, 5, 3, seed=3), tangent)
             samples += [
                 Sample("focal_loss", call),
+                Sample("focal_loss_and_grad", constants(*call)),
                 Sample("focal_loss_vjp", (grad_output, normalizer, *call, mask)),
                 Sample("focal_loss_jvp", (normalizer, *tangents, *call)),
                 Sample(

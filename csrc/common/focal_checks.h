@@ -16,8 +16,10 @@ inline void check_reduction(int64_t reduction, const char* op) {
 }
 
 inline void check_floating(const at::Tensor& tensor, const char* name, const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(tensor.scalar_type()), op, ": ", name,
-                              " must be of a floating-point type, got ", tensor.scalar_type());
+  const at::ScalarType type = tensor.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16, op,
+      ": ", name, " must be of a floating-point type of 16 bits or more, got ", type);
 }
 
 // A tensor that stands for the loss's covector: one factor where the loss is reduced.

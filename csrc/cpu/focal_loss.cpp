@@ -102,6 +102,11 @@ struct Call {
         normalizer == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / normalizer;
     return at::scalar_tensor(reduction == at::Reduction::Mean ? mean : sum, input.options());
   }
+  // The normalizer as a tensor.
+  at::Tensor divisor() const {
+    return at::scalar_tensor(normalizer,
+                             input.options().dtype(at::toOpMathType(input.scalar_type())));
+  }
   template <class scalar_t>
   FocalArgs<scalar_t> args() const {
     using T = at::opmath_type<scalar_t>;
@@ -123,9 +128,12 @@ struct Call {
   // The upstream gradient, with the reduction's own factor.
   template <class scalar_t>
   RowFactor<scalar_t> upstream(const at::Tensor& grad_output, const at::Tensor& normalizer) const {
-    if (!reduced()) return {grad_output.const_data_ptr<scalar_t>(), 0};
-    const double grad = grad_output.item<double>();
-    return {nullptr, reduction == at::Reduction::Mean ? grad / normalizer.item<double>() : grad};
+    if (!reduced()) return {1, grad_output.const_data_ptr<scalar_t>(), 0};
+    return {share(normalizer.item<double>()), nullptr, grad_output.item<double>()};
+  }
+  // A row's part in the loss.
+  double share(double normalizer) const {
+    return reduction == at::Reduction::Mean ? 1 / normalizer : 1;
   }
 };
 
@@ -177,9 +185,37 @@ std::tuple<at::Tensor, at::Tensor> focal_loss(const at::Tensor& input, const at:
       });
     }
   });
-  at::Tensor divisor = at::scalar_tensor(
-      call.normalizer, input.options().dtype(at::toOpMathType(input.scalar_type())));
-  return {call.reduced() ? call.reduced_to(sum, call.normalizer) : loss, divisor};
+  return {call.reduced() ? call.reduced_to(sum, call.normalizer) : loss, call.divisor()};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> focal_loss_and_grad(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    double gamma, int64_t ignore_index, int64_t reduction, double label_smoothing) {
+  constexpr const char* op = "focal_loss_and_grad";
+  const Call call(input, target, weight, gamma, ignore_index, reduction, label_smoothing, op);
+  const at::Tensor loss = call.reduced() ? at::Tensor() : call.empty_loss();
+  at::Tensor grad_input = call.empty_grad(true);
+  const at::Tensor divisor = call.divisor();
+  const double share = call.share(divisor.item<double>());
+  double sum = 0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
+    if (input.numel() == 0) return;
+    const auto args = call.args<scalar_t>();
+    scalar_t* to = mutable_data_or_null<scalar_t>(loss);
+    scalar_t* to_input = mutable_data_or_null<scalar_t>(grad_input);
+    if (call.wide()) {
+      const auto kernel = DLOPS_SIMD(focal_loss_and_grad_wide_rows, scalar_t);
+      sum = for_each_wide_chunk(call, [&](int64_t begin, int64_t end) {
+        return kernel(args, begin, end, share, to, to_input);
+      });
+    } else {
+      const auto kernel = DLOPS_SIMD(focal_loss_and_grad_rows, scalar_t);
+      sum = for_each_chunk<scalar_t>(call, [&](int64_t begin, int64_t end, void* scratch) {
+        return kernel(args, begin, end, share, to, to_input, scratch);
+      });
+    }
+  });
+  return {call.reduced() ? call.reduced_to(sum, call.normalizer) : loss, divisor, grad_input};
 }
 
 std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
@@ -279,6 +315,7 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
 
 TORCH_LIBRARY_IMPL(dlops, CPU, m) {
   m.impl("focal_loss", &dlops::cpu::focal_loss);
+  m.impl("focal_loss_and_grad", &dlops::cpu::focal_loss_and_grad);
   m.impl("focal_loss_vjp", &dlops::cpu::focal_loss_vjp);
   m.impl("focal_loss_jvp", &dlops::cpu::focal_loss_jvp);
   m.impl("focal_loss_hvp", &dlops::cpu::focal_loss_hvp);

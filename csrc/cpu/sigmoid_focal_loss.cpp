@@ -69,9 +69,12 @@ struct Call {
   // The upstream gradient, with the reduction's own factor.
   template <class scalar_t>
   Upstream<scalar_t> upstream(const at::Tensor& grad_output) const {
-    if (!reduced()) return {grad_output.const_data_ptr<scalar_t>(), 0};
-    const double grad = grad_output.item<double>();
-    return {nullptr, reduction == at::Reduction::Mean ? grad / static_cast<double>(count()) : grad};
+    if (!reduced()) return {1, grad_output.const_data_ptr<scalar_t>(), 0};
+    return {share(), nullptr, grad_output.item<double>()};
+  }
+  // An element's part in the loss.
+  double share() const {
+    return reduction == at::Reduction::Mean ? 1 / static_cast<double>(count()) : 1;
   }
 };
 
@@ -99,6 +102,26 @@ at::Tensor sigmoid_focal_loss(const at::Tensor& inputs, const at::Tensor& target
                           [&](int64_t begin, int64_t end) { return kernel(args, begin, end, to); });
       });
   return call.reduced() ? call.reduced_to(sum) : loss;
+}
+
+std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_and_grad(
+    const at::Tensor& inputs, const at::Tensor& targets,
+    const std::optional<at::Tensor>& class_alpha, double alpha, double gamma, int64_t reduction) {
+  constexpr const char* op = "sigmoid_focal_loss_and_grad";
+  const Call call(inputs, targets, class_alpha, alpha, gamma, reduction, op);
+  const at::Tensor loss = call.reduced() ? at::Tensor() : call.empty();
+  at::Tensor grad_inputs = call.empty();
+  double sum = 0;
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
+    const auto kernel = DLOPS_SIMD(sigmoid_focal_loss_and_grad_range, scalar_t);
+    const auto args = call.args<scalar_t>();
+    scalar_t* to = mutable_data_or_null<scalar_t>(loss);
+    scalar_t* to_inputs = mutable_data_or_null<scalar_t>(grad_inputs);
+    sum = chunked_sum(call.count(), kChunk, [&](int64_t begin, int64_t end) {
+      return kernel(args, begin, end, call.share(), to, to_inputs);
+    });
+  });
+  return {call.reduced() ? call.reduced_to(sum) : loss, grad_inputs};
 }
 
 std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
@@ -181,6 +204,7 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_hvp(
 
 TORCH_LIBRARY_IMPL(dlops, CPU, m) {
   m.impl("sigmoid_focal_loss", &dlops::cpu::sigmoid_focal_loss);
+  m.impl("sigmoid_focal_loss_and_grad", &dlops::cpu::sigmoid_focal_loss_and_grad);
   m.impl("sigmoid_focal_loss_vjp", &dlops::cpu::sigmoid_focal_loss_vjp);
   m.impl("sigmoid_focal_loss_jvp", &dlops::cpu::sigmoid_focal_loss_jvp);
   m.impl("sigmoid_focal_loss_hvp", &dlops::cpu::sigmoid_focal_loss_hvp);

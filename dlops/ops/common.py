@@ -149,9 +149,10 @@ def eager(function: Any) -> Any:
     return type(function)(function.__name__, (function,), parts)
 
 
-def register(function: Any, name: str) -> None:
-    """Gives the raw op the derivatives and the vmap rule of its autograd.Function."""
-    function.eager = eager(function)
+def register(function: Any, name: str, twin: Any = None) -> None:
+    """Gives the raw op the derivatives and the vmap rule of its autograd.Function. ``twin`` is what
+    runs where no transform is active, if it is more than the same without its signature."""
+    function.eager = twin or eager(function)
     torch.library.register_autograd(
         f"dlops::{name}", function.backward, setup_context=_setup_of(function)
     )

@@ -20,6 +20,7 @@ from dlops.ops.common import (
     run,
     where_asked,
 )
+from dlops.ops.kept_gradient import eager_with_gradient
 from dlops.ops.shapes import check_shape, focal_loss_shape
 
 ops = torch.ops.dlops
@@ -43,18 +44,38 @@ class FocalLoss(Function):
         return run(ops.focal_loss.default, input, target, *options)
 
     @staticmethod
+    def saved(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+        input, target, weight, *_ = inputs
+        return output[1], input, target, weight
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        input, target, weight, *ctx.scalars = inputs
-        _, normalizer = output
-        ctx.mark_non_differentiable(normalizer)
-        ctx.save_for_backward(normalizer, input, target, weight)
-        ctx.save_for_forward(normalizer, input, target, weight)
+        ctx.scalars = inputs[3:]
+        ctx.mark_non_differentiable(output[1])
+        tensors = FocalLoss.saved(inputs, output)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return FocalLoss.backward_of(ctx, ctx.saved_tensors, grad_output)
+
+    @staticmethod
+    def backward_of(ctx: Any, saved: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.needs_input_grad[:2]
-        grads = vjp(grad_output, *ctx.saved_tensors, *ctx.scalars, list(mask))
+        grads = vjp(grad_output, *saved, *ctx.scalars, list(mask))
         return *where_asked(grads, mask), *[None] * OPTIONS
+
+    @staticmethod
+    def factor(ctx: Any, saved: Any, grad_output: Tensor) -> Tensor:
+        """What each row's gradient is multiplied by."""
+        _, input, target, _ = saved
+        _, ignore_index, reduction, _ = ctx.scalars
+        if reduction != NONE:
+            return grad_output
+        if not target.is_floating_point():
+            grad_output = grad_output.masked_fill(target == ignore_index, 0)
+        return grad_output.unsqueeze(1) if input.dim() > 1 else grad_output
 
     @staticmethod
     def jvp(ctx: Any, input_t: Any, target_t: Any, *_: Any) -> tuple[Tensor, None]:
@@ -357,6 +378,13 @@ def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return loss, input.new_empty((), dtype=fake_sum_type(input.dtype))
 
 
+@torch.library.register_fake("dlops::focal_loss_and_grad")
+def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss = fake_loss("focal_loss_and_grad", input, args)
+    normalizer = input.new_empty((), dtype=fake_sum_type(input.dtype))
+    return loss, normalizer, torch.empty_like(input)
+
+
 @torch.library.register_fake("dlops::focal_loss_vjp")
 def _(grad_output: Tensor, normalizer: Any, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return fake_grads("focal_loss_vjp", grad_output, input, args)
@@ -374,7 +402,8 @@ def _(
     return fake_grads("focal_loss_hvp", grad_output, input, args)
 
 
-register(FocalLoss, "focal_loss")
+with_gradient = eager_with_gradient(FocalLoss, ops.focal_loss_and_grad.default)
+register(FocalLoss, "focal_loss", with_gradient)
 register(FocalLossVjp, "focal_loss_vjp")
 register(FocalLossJvp, "focal_loss_jvp")
 register(FocalLossHvp, "focal_loss_hvp")

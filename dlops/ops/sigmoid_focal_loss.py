@@ -20,6 +20,7 @@ from dlops.ops.common import (
     spread_grad,
     where_asked,
 )
+from dlops.ops.kept_gradient import eager_with_gradient
 from dlops.ops.shapes import check_shape, check_sigmoid_focal_loss
 
 ops = torch.ops.dlops
@@ -36,16 +37,29 @@ class SigmoidFocalLoss(Function):
         return run(ops.sigmoid_focal_loss.default, inputs, targets, *options)
 
     @staticmethod
+    def saved(inputs: tuple[Any, ...], output: Tensor) -> tuple[Any, ...]:
+        return inputs[:3]
+
+    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        logits, targets, class_alpha, *ctx.scalars = inputs
-        ctx.save_for_backward(logits, targets, class_alpha)
-        ctx.save_for_forward(logits, targets, class_alpha)
+        ctx.scalars = inputs[3:]
+        tensors = SigmoidFocalLoss.saved(inputs, output)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return SigmoidFocalLoss.backward_of(ctx, ctx.saved_tensors, grad_output)
+
+    @staticmethod
+    def backward_of(ctx: Any, saved: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.needs_input_grad[:2]
-        grads = vjp(grad_output, *ctx.saved_tensors, *ctx.scalars, list(mask))
+        grads = vjp(grad_output, *saved, *ctx.scalars, list(mask))
         return *where_asked(grads, mask), *[None] * OPTIONS
+
+    @staticmethod
+    def factor(ctx: Any, saved: Any, grad_output: Tensor) -> Tensor:
+        return grad_output
 
     @staticmethod
     def jvp(ctx: Any, inputs_t: Tensor | None, targets_t: Tensor | None, *_: Any) -> Tensor:
@@ -261,6 +275,12 @@ def _(inputs: Tensor, targets: Tensor, class_alpha: Any, *options: Any) -> Tenso
     return fake_loss(inputs, options[-1])
 
 
+@torch.library.register_fake("dlops::sigmoid_focal_loss_and_grad")
+def _(inputs: Tensor, targets: Tensor, class_alpha: Any, *options: Any) -> tuple[Tensor, Tensor]:
+    check_sigmoid_focal_loss("sigmoid_focal_loss_and_grad", inputs, targets, class_alpha)
+    return fake_loss(inputs, options[-1]), torch.empty_like(inputs)
+
+
 @torch.library.register_fake("dlops::sigmoid_focal_loss_vjp")
 def _(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return fake_grads("sigmoid_focal_loss_vjp", grad_output, args)
@@ -277,7 +297,8 @@ def _(grad_output: Any, inputs_t: Any, targets_t: Any, *args: Any) -> Any:
     return fake_grads("sigmoid_focal_loss_hvp", grad_output, args)
 
 
-register(SigmoidFocalLoss, "sigmoid_focal_loss")
+with_gradient = eager_with_gradient(SigmoidFocalLoss, ops.sigmoid_focal_loss_and_grad.default)
+register(SigmoidFocalLoss, "sigmoid_focal_loss", with_gradient)
 register(SigmoidFocalLossVjp, "sigmoid_focal_loss_vjp")
 register(SigmoidFocalLossJvp, "sigmoid_focal_loss_jvp")
 register(SigmoidFocalLossHvp, "sigmoid_focal_loss_hvp")

@@ -4,6 +4,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <array>
 
 #include "cpu/simd/focal_softmax.h"
 
@@ -99,16 +100,29 @@ struct Rows {
   bool one_class_each() const { return args.target != nullptr && args.label_smoothing == 0; }
 };
 
-// The sum of f(c) over the classes, in four chains that the processor runs side by side.
-template <class M, class F>
-typename M::V sum_over(int64_t classes, const F& f) {
-  Sum<M> chains[4];
+// The sums of what f(c) returns, `n` vectors, over the classes: each in four chains that the
+// processor runs side by side.
+template <class M, size_t n, class F>
+std::array<typename M::V, n> sums_over(int64_t classes, const F& f) {
+  Sum<M> chains[4][n];
+  const auto add = [&](int64_t chain, const std::array<typename M::V, n>& values) {
+    for (size_t i = 0; i < n; ++i) chains[chain][i].add(values[i]);
+  };
   int64_t c = 0;
   for (; c + 4 <= classes; c += 4)
-    for (int64_t i = 0; i < 4; ++i) chains[i].add(f(c + i));
-  for (; c < classes; ++c) chains[0].add(f(c));
-  for (int64_t i = 1; i < 4; ++i) chains[0].add(chains[i].total);
-  return chains[0].total;
+    for (int64_t chain = 0; chain < 4; ++chain) add(chain, f(c + chain));
+  for (; c < classes; ++c) add(0, f(c));
+  std::array<typename M::V, n> totals;
+  for (size_t i = 0; i < n; ++i) {
+    for (int64_t chain = 1; chain < 4; ++chain) chains[0][i].add(chains[chain][i].total);
+    totals[i] = chains[0][i].total;
+  }
+  return totals;
+}
+
+template <class M, class F>
+typename M::V sum_over(int64_t classes, const F& f) {
+  return sums_over<M, 1>(classes, [&](int64_t c) { return std::array{f(c)}; })[0];
 }
 
 template <class scalar_t>
@@ -188,13 +202,19 @@ double finish(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V values, sca
 
 // The upstream gradient of each row; 0 for ignored ones.
 template <class scalar_t>
-typename Rows<scalar_t>::V factors(const Rows<scalar_t>& rows, RowFactor<scalar_t> grad) {
+typename Rows<scalar_t>::V upstream(const Rows<scalar_t>& rows, RowFactor<scalar_t> grad) {
   using R = Rows<scalar_t>;
   typename R::T lane[R::lanes] = {};
   for (int64_t l = 0; l < rows.count; ++l)
-    lane[l] = static_cast<typename R::T>(
-        grad.each == nullptr ? grad.all : static_cast<double>(grad.each[rows.first + l]));
+    lane[l] = static_cast<typename R::T>(grad.upstream(rows.first + l));
   return R::M::select(rows.valid(), R::V::loadu(lane), typename R::V(0));
+}
+// The reduction's own factor; 0 for ignored rows.
+template <class scalar_t>
+typename Rows<scalar_t>::V shares(const Rows<scalar_t>& rows, RowFactor<scalar_t> grad) {
+  using R = Rows<scalar_t>;
+  using V = typename R::V;
+  return R::M::select(rows.valid(), V(static_cast<typename R::T>(grad.share)), V(0));
 }
 
 // Whole-tile working memory, in the order it is asked for.
@@ -225,41 +245,65 @@ void for_each_tile(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
   }
 }
 
-// The gradient for rows with one class each: weight * phi' * (onehot - p).
+// The gradient for rows with one class each: weight * phi' * (onehot - p). Returns the losses.
 template <class scalar_t>
-void one_class_gradient(const Rows<scalar_t>& rows, typename Rows<scalar_t>::V factor,
-                        at::opmath_type<scalar_t>* result) {
+typename Rows<scalar_t>::V one_class_gradient(const Rows<scalar_t>& rows, RowFactor<scalar_t> grad,
+                                              at::opmath_type<scalar_t>* result) {
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
   const auto softmax = softmax_of(rows, result);
   const V target = rows.target();
   const SoftmaxFocal<M> focal = softmax.focal(target_logit(rows));
-  const V slope = weighted<M>(factor * V::loadu(rows.target_weight), focal.first());
+  const V weight = V::loadu(rows.target_weight), factor = upstream(rows, grad);
+  const V slope = weighted<M>(shares(rows, grad) * weight, focal.first());
   const V minus_slope = (V(0) - slope) * softmax.inverse;
   for (int64_t c = 0; c < rows.args.classes; ++c) {
     const V e = V::loadu(result + c * R::lanes);
     const auto is_target = M::eq(target, V(typename R::T(c)));
-    M::select(is_target, slope * focal.not_p, minus_slope * e).store(result + c * R::lanes);
+    const V gradient = M::select(is_target, slope * focal.not_p, minus_slope * e);
+    (gradient * factor).store(result + c * R::lanes);
   }
+  return M::select(rows.valid(), weighted<M>(weight, focal.loss()), V(0));
 }
 
-// The gradient for any target: g_c - p_c sum(g), g_c = weight_c share_c phi'_c.
-template <class scalar_t>
-void general_gradient(const Rows<scalar_t>& rows, const at::opmath_type<scalar_t>* target,
-                      typename Rows<scalar_t>::V factor, at::opmath_type<scalar_t>* result) {
+// The gradient for any target: g_c - p_c sum(g), g_c = weight_c share_c phi'_c. Returns the losses
+// if they are wanted.
+template <bool with_loss, class scalar_t>
+typename Rows<scalar_t>::V general_gradient(const Rows<scalar_t>& rows,
+                                            const at::opmath_type<scalar_t>* target,
+                                            RowFactor<scalar_t> grad,
+                                            at::opmath_type<scalar_t>* result) {
   using R = Rows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
   const auto softmax = softmax_of(rows);
-  const V sum = sum_over<M>(rows.args.classes, [&](int64_t c) {
+  const V part = shares(rows, grad), factor = upstream(rows, grad);
+  const auto sums = sums_over<M, with_loss ? 2 : 1>(rows.args.classes, [&](int64_t c) {
     const V share = rows.weight(c) * rows.share(c, target);
-    const V slope = weighted<M>(factor * share, softmax.focal(rows.logit(c)).first());
+    const SoftmaxFocal<M> focal = softmax.focal(rows.logit(c));
+    const V slope = weighted<M>(part * share, focal.first());
     slope.store(result + c * R::lanes);
-    return slope;
+    if constexpr (with_loss) {
+      return std::array{slope, weighted<M>(share, focal.loss())};
+    } else {
+      return std::array{slope};
+    }
   });
-  for (int64_t c = 0; c < rows.args.classes; ++c)
-    (V::loadu(result + c * R::lanes) - softmax.p(rows.logit(c)) * sum).store(result + c * R::lanes);
+  for (int64_t c = 0; c < rows.args.classes; ++c) {
+    const V gradient = V::loadu(result + c * R::lanes) - softmax.p(rows.logit(c)) * sums[0];
+    (gradient * factor).store(result + c * R::lanes);
+  }
+  return M::select(rows.valid(), sums.back(), V(0));
+}
+
+// Either; returns the losses if they are wanted.
+template <bool with_loss, class scalar_t>
+typename Rows<scalar_t>::V gradient(const Rows<scalar_t>& rows,
+                                    const at::opmath_type<scalar_t>* target,
+                                    RowFactor<scalar_t> grad, at::opmath_type<scalar_t>* result) {
+  if (rows.one_class_each()) return one_class_gradient(rows, grad, result);
+  return general_gradient<with_loss>(rows, target, grad, result);
 }
 
 // A tangent of the logits relative to its mean under the softmax, v_c - p.v, and the same divided
@@ -311,6 +355,19 @@ double focal_loss_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t e
 }
 
 template <int capability, class scalar_t>
+double focal_loss_and_grad_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                                double share, scalar_t* loss, scalar_t* grad_input, void* scratch) {
+  const Tiles<scalar_t> tiles(scratch, args.classes);
+  const RowFactor<scalar_t> grad{share, nullptr, 1};
+  double sum = 0;
+  for_each_tile(args, begin, end, tiles, [&](const auto& rows, const auto* target) {
+    sum += finish(rows, gradient<true>(rows, target, grad, tiles.a), loss);
+    rows.write(tiles.a, grad_input);
+  });
+  return sum;
+}
+
+template <int capability, class scalar_t>
 void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
                          RowFactor<scalar_t> grad, scalar_t* grad_input, scalar_t* grad_target,
                          void* scratch) {
@@ -318,17 +375,13 @@ void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
   using V = typename R::V;
   const Tiles<scalar_t> tiles(scratch, args.classes);
   for_each_tile(args, begin, end, tiles, [&](const R& rows, const typename R::T* target) {
-    const V factor = factors(rows, grad);
     if (grad_input != nullptr) {
-      if (rows.one_class_each()) {
-        one_class_gradient(rows, factor, tiles.a);
-      } else {
-        general_gradient(rows, target, factor, tiles.a);
-      }
+      gradient<false>(rows, target, grad, tiles.a);
       rows.write(tiles.a, grad_input);
     }
     if (grad_target == nullptr) return;
     const auto softmax = softmax_of(rows);
+    const V factor = shares(rows, grad) * upstream(rows, grad);
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
     for (int64_t c = 0; c < args.classes; ++c)
       (factor * kept * rows.weight(c) * softmax.focal(rows.logit(c)).loss())
@@ -380,7 +433,7 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
     const auto softmax = softmax_of(rows);
     const Centred<scalar_t> centred(rows, softmax, tangent_input == nullptr ? nullptr : tiles.a);
     const V kept(static_cast<typename R::T>(1 - args.label_smoothing));
-    const V factor = factors(rows, grad);
+    const V factor = shares(rows, grad) * upstream(rows, grad);
     // The derivative of g_c - p_c sum(g) along the tangents: dg_c - p_c sum(dg) - dp_c sum(g).
     Sum<M> slopes, changes;
     for (int64_t c = 0; c < args.classes; ++c) {
@@ -415,6 +468,8 @@ void focal_loss_hvp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t
   template int64_t focal_loss_scratch<DLOPS_CAPABILITY, scalar_t>(int64_t);                        \
   template double focal_loss_rows<DLOPS_CAPABILITY, scalar_t>(const FocalArgs<scalar_t>&, int64_t, \
                                                               int64_t, scalar_t*, void*);          \
+  template double focal_loss_and_grad_rows<DLOPS_CAPABILITY, scalar_t>(                            \
+      const FocalArgs<scalar_t>&, int64_t, int64_t, double, scalar_t*, scalar_t*, void*);          \
   template void focal_loss_vjp_rows<DLOPS_CAPABILITY, scalar_t>(                                   \
       const FocalArgs<scalar_t>&, int64_t, int64_t, RowFactor<scalar_t>, scalar_t*, scalar_t*,     \
       void*);                                                                                      \

@@ -19,11 +19,15 @@ struct FocalArgs {
   double gamma, label_smoothing;
 };
 
-// What multiplies the derivatives: one factor per row, or one for all.
+// What multiplies the derivatives: the reduction's own factor, then one per row or one for all.
 template <class scalar_t>
 struct RowFactor {
+  double share;
   const scalar_t* each;  // may be null
   double all;
+  double upstream(int64_t row) const {
+    return each == nullptr ? all : static_cast<double>(each[row]);
+  }
 };
 
 // Bytes of working memory for one thread.
@@ -43,9 +47,16 @@ template <int capability, class scalar_t>
 void focal_loss_vjp_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
                          RowFactor<scalar_t> grad, scalar_t* grad_input, scalar_t* grad_target,
                          void* scratch);
+// The losses, and their gradients times `share`.
+template <int capability, class scalar_t>
+double focal_loss_and_grad_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                                double share, scalar_t* loss, scalar_t* grad_input, void* scratch);
 template <int capability, class scalar_t>
 double focal_loss_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
                             scalar_t* loss);
+template <int capability, class scalar_t>
+double focal_loss_and_grad_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                                     double share, scalar_t* loss, scalar_t* grad_input);
 template <int capability, class scalar_t>
 void focal_loss_vjp_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
                               RowFactor<scalar_t> grad, scalar_t* grad_input,

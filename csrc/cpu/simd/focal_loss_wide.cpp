@@ -40,10 +40,12 @@ struct WideRows {
 
   int64_t target(int64_t i) const { return args.target[first + i]; }
   bool valid(int64_t i) const { return args.target == nullptr || target(i) != args.ignore_index; }
-  T factor(RowFactor<scalar_t> grad, int64_t i) const {
-    if (!valid(i)) return T(0);
-    return static_cast<T>(grad.each == nullptr ? grad.all
-                                               : static_cast<double>(grad.each[first + i]));
+  // The factors of a row's gradient; 0 where it is ignored.
+  T share(RowFactor<scalar_t> grad, int64_t i) const {
+    return valid(i) ? static_cast<T>(grad.share) : T(0);
+  }
+  T upstream(RowFactor<scalar_t> grad, int64_t i) const {
+    return valid(i) ? static_cast<T>(grad.upstream(first + i)) : T(0);
   }
   V weight(int64_t c, int64_t some) const {
     return args.weight == nullptr ? V(T(1)) : load<T>(args.weight + c, some);
@@ -106,10 +108,10 @@ struct Exponentials {
   }
 };
 
-// With `exps`, exp(x - max) is kept there.
+// With `exps`, exp(x - max) is kept there. What lies `ahead` of both is fetched meanwhile.
 template <class M, int chains, bool keep, class scalar_t>
 C10_ALWAYS_INLINE Exponentials<M> add_up(const scalar_t* x, int64_t classes, typename M::V max,
-                                         scalar_t* exps) {
+                                         scalar_t* exps, int64_t ahead) {
   using V = typename M::V;
   using T = typename M::Scalar;
   constexpr int64_t kPart = 1024 * V::size();  // a part's sum has few roundings
@@ -120,6 +122,8 @@ C10_ALWAYS_INLINE Exponentials<M> add_up(const scalar_t* x, int64_t classes, typ
     for_each_in_chains<V, chains>(begin, std::min(classes, begin + kPart),
                                   [&](int64_t chain, int64_t c, int64_t some) {
                                     const V logit = first_lanes(load<T>(x + c, some), some, none);
+                                    __builtin_prefetch(x + c + ahead);
+                                    if constexpr (keep) __builtin_prefetch(exps + c + ahead, 1);
                                     const V e = M::exp(logit - max);
                                     if constexpr (keep) store(e, exps + c, some);
                                     part[chain].add(e, logit, max);
@@ -170,8 +174,9 @@ void add_up_rows(WideRows<scalar_t>& rows, scalar_t* exps) {
   T each[R::lanes];
   rows.max.store(each);
   for (int64_t i = 0; i < count; ++i) {
-    const auto found = add_up<M, chains, keep>(rows.logits(i), rows.classes, V(each[i]),
-                                               keep ? rows.row(exps, i) : nullptr);
+    const auto found =
+        add_up<M, chains, keep>(rows.logits(i), rows.classes, V(each[i]),
+                                keep ? rows.row(exps, i) : nullptr, rows.group() * rows.classes);
     sum.set(i, found.sum);
     ties.set(i, found.ties);
   }
@@ -229,9 +234,10 @@ void one_class_losses(WideRows<scalar_t>& rows, at::opmath_type<scalar_t>* losse
   weighted<M>(targets.weights(), focal.loss()).store(losses);
 }
 
-// weight * phi' * (onehot - p)
+// weight * phi' * (onehot - p), and the losses.
 template <class scalar_t>
-void one_class_gradients(WideRows<scalar_t>& rows, RowFactor<scalar_t> grad, scalar_t* to) {
+void one_class_gradients(WideRows<scalar_t>& rows, RowFactor<scalar_t> grad, scalar_t* to,
+                         at::opmath_type<scalar_t>* losses) {
   using R = WideRows<scalar_t>;
   using M = typename R::M;
   using V = typename R::V;
@@ -240,23 +246,25 @@ void one_class_gradients(WideRows<scalar_t>& rows, RowFactor<scalar_t> grad, sca
   constexpr bool keep = std::is_same_v<scalar_t, T>;
   add_up_rows<keep>(rows, to);
   const Targets<scalar_t> targets(rows);
-  T factor[R::lanes] = {}, minus_slope[R::lanes], at_target[R::lanes], max[R::lanes];
-  for (int64_t i = 0; i < rows.count; ++i) factor[i] = rows.factor(grad, i);
+  T share[R::lanes] = {}, minus_slope[R::lanes], at_target[R::lanes], max[R::lanes];
+  for (int64_t i = 0; i < rows.count; ++i) share[i] = rows.share(grad, i);
   const auto softmax = rows.softmax();
   const auto focal = softmax.focal(targets.logits());
-  const V slope = weighted<M>(V::loadu(factor) * targets.weights(), focal.first());
+  weighted<M>(targets.weights(), focal.loss()).store(losses);
+  const V slope = weighted<M>(V::loadu(share) * targets.weights(), focal.first());
   ((V(T(0)) - slope) * softmax.inverse).store(minus_slope);
   (slope * focal.not_p).store(at_target);
   softmax.max.store(max);
   for (int64_t i = 0; i < rows.count; ++i) {
     const scalar_t* x = rows.logits(i);
     scalar_t* result = rows.row(to, i);
-    const V scale(minus_slope[i]), largest(max[i]);
+    const T upstream = rows.upstream(grad, i);
+    const V scale(minus_slope[i]), factor(upstream), largest(max[i]);
     for_each_vector<V>(rows.classes, [&](int64_t c, int64_t some) {
       const V e = keep ? load<T>(result + c, some) : M::exp(load<T>(x + c, some) - largest);
-      store(scale * e, result + c, some);
+      store(scale * e * factor, result + c, some);
     });
-    if (rows.valid(i)) result[rows.target(i)] = static_cast<scalar_t>(at_target[i]);
+    if (rows.valid(i)) result[rows.target(i)] = static_cast<scalar_t>(at_target[i] * upstream);
   }
 }
 
@@ -298,10 +306,6 @@ struct WideRow {
   V losses(int64_t c, int64_t some) const {
     return weighted<M>(shares(c, some), softmax.focal(logits(c, some)).loss());
   }
-  // weight_c share_c phi'_c
-  V slopes(T factor, int64_t c, int64_t some) const {
-    return weighted<M>(V(factor) * shares(c, some), softmax.focal(logits(c, some)).first());
-  }
   // The sum of f(c, how many) over the classes.
   template <class F>
   T sum(const F& f) const {
@@ -309,14 +313,36 @@ struct WideRow {
     for_each_vector<V>(rows.classes, [&](int64_t c, int64_t some) {
       sum.add(first_lanes(f(c, some), some, V(T(0))));
     });
+    return added_up(sum);
+  }
+  static T added_up(const Sum<M>& sum) {
     return at::vec::vec_reduce_all<T>([](V a, V b) { return a + b; }, sum.total);
   }
-  // g_c - p_c sum(g) of the slopes g
-  void gradient(T factor, scalar_t* to) const {
-    const V total(sum([&](int64_t c, int64_t some) { return slopes(factor, c, some); }));
+  // g_c - p_c sum(g) of the slopes g_c = weight_c share_c phi'_c. Returns the loss if it is wanted.
+  template <bool with_loss>
+  T gradient(T share, T upstream, scalar_t* to) const {
+    // The slopes wait in the result, where it can hold them.
+    constexpr bool keep = std::is_same_v<scalar_t, T>;
+    const V none(T(0));
+    Sum<M> total, loss;
     for_each_vector<V>(rows.classes, [&](int64_t c, int64_t some) {
-      store(slopes(factor, c, some) - softmax.p(logits(c, some)) * total, to + c, some);
+      const auto focal = softmax.focal(logits(c, some));
+      const V shares = this->shares(c, some), slope = weighted<M>(V(share) * shares, focal.first());
+      if constexpr (keep) store(slope, to + c, some);
+      total.add(first_lanes(slope, some, none));
+      if constexpr (with_loss) loss.add(first_lanes(weighted<M>(shares, focal.loss()), some, none));
     });
+    const V all(added_up(total));
+    for_each_vector<V>(rows.classes, [&](int64_t c, int64_t some) {
+      V slope;
+      if constexpr (keep) {
+        slope = load<T>(to + c, some);
+      } else {
+        slope = weighted<M>(V(share) * shares(c, some), softmax.focal(logits(c, some)).first());
+      }
+      store((slope - softmax.p(logits(c, some)) * all) * V(upstream), to + c, some);
+    });
+    return with_loss ? added_up(loss) : T(0);
   }
   // Of a target that is probabilities: weight_c phi_c.
   void target_gradient(T factor, scalar_t* to) const {
@@ -338,6 +364,18 @@ void for_each_row(WideRows<scalar_t>& rows, const F& f) {
   for (int64_t i = 0; i < rows.count; ++i) f(i, WideRow<scalar_t>(rows, i, max[i], others[i]));
 }
 
+// Stores a value per row where it is wanted, and returns their sum.
+template <class scalar_t>
+double finish(const WideRows<scalar_t>& rows, const at::opmath_type<scalar_t>* values,
+              scalar_t* to) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows.count; ++i) {
+    sum += static_cast<double>(values[i]);
+    if (to != nullptr) to[rows.first + i] = static_cast<scalar_t>(values[i]);
+  }
+  return sum;
+}
+
 }  // namespace
 
 template <int capability, class scalar_t>
@@ -356,10 +394,29 @@ double focal_loss_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int6
                         : T(0);
       });
     }
-    for (int64_t i = 0; i < rows.count; ++i) {
-      sum += static_cast<double>(losses[i]);
-      if (loss != nullptr) loss[rows.first + i] = static_cast<scalar_t>(losses[i]);
+    sum += finish(rows, losses, loss);
+  });
+  return sum;
+}
+
+template <int capability, class scalar_t>
+double focal_loss_and_grad_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, int64_t end,
+                                     double share, scalar_t* loss, scalar_t* grad_input) {
+  using T = at::opmath_type<scalar_t>;
+  const RowFactor<scalar_t> grad{share, nullptr, 1};
+  double sum = 0;
+  for_each_group(args, begin, end, [&](WideRows<scalar_t>& rows) {
+    T losses[WideRows<scalar_t>::lanes];
+    if (rows.one_class_each()) {
+      one_class_gradients(rows, grad, grad_input, losses);
+    } else {
+      for_each_row(rows, [&](int64_t i, const WideRow<scalar_t>& row) {
+        const T found = row.template gradient<true>(rows.share(grad, i), rows.upstream(grad, i),
+                                                    rows.row(grad_input, i));
+        losses[i] = rows.valid(i) ? found : T(0);
+      });
     }
+    sum += finish(rows, losses, loss);
   });
   return sum;
 }
@@ -370,13 +427,15 @@ void focal_loss_vjp_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, in
                               scalar_t* grad_target) {
   for_each_group(args, begin, end, [&](WideRows<scalar_t>& rows) {
     if (rows.one_class_each()) {
-      if (grad_input != nullptr) one_class_gradients(rows, grad, grad_input);
+      at::opmath_type<scalar_t> losses[WideRows<scalar_t>::lanes];
+      if (grad_input != nullptr) one_class_gradients(rows, grad, grad_input, losses);
       return;
     }
     for_each_row(rows, [&](int64_t i, const WideRow<scalar_t>& row) {
-      const auto factor = rows.factor(grad, i);
-      if (grad_input != nullptr) row.gradient(factor, rows.row(grad_input, i));
-      if (grad_target != nullptr) row.target_gradient(factor, rows.row(grad_target, i));
+      const auto share = rows.share(grad, i), upstream = rows.upstream(grad, i);
+      if (grad_input != nullptr)
+        row.template gradient<false>(share, upstream, rows.row(grad_input, i));
+      if (grad_target != nullptr) row.target_gradient(share * upstream, rows.row(grad_target, i));
     });
   });
 }
@@ -384,6 +443,8 @@ void focal_loss_vjp_wide_rows(const FocalArgs<scalar_t>& args, int64_t begin, in
 #define DLOPS_INSTANTIATE(scalar_t)                                                              \
   template double focal_loss_wide_rows<DLOPS_CAPABILITY, scalar_t>(const FocalArgs<scalar_t>&,   \
                                                                    int64_t, int64_t, scalar_t*); \
+  template double focal_loss_and_grad_wide_rows<DLOPS_CAPABILITY, scalar_t>(                     \
+      const FocalArgs<scalar_t>&, int64_t, int64_t, double, scalar_t*, scalar_t*);               \
   template void focal_loss_vjp_wide_rows<DLOPS_CAPABILITY, scalar_t>(                            \
       const FocalArgs<scalar_t>&, int64_t, int64_t, RowFactor<scalar_t>, scalar_t*, scalar_t*);
 

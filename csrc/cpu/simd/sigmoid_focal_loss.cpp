@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kTile = 512;
 
+enum class Order { value, first, second };
+
 // One tile of results, in the type that the arithmetic runs in.
 template <class scalar_t>
 struct Tile {
@@ -26,7 +28,7 @@ struct Tile {
   using V = typename VecMath<T>::V;
   const SigmoidFocalArgs<scalar_t>& args;
   int64_t begin = 0, count = 0;
-  alignas(64) T class_alpha[kTile], result[kTile];
+  alignas(64) T class_alpha[kTile], results[3][kTile];
 
   explicit Tile(const SigmoidFocalArgs<scalar_t>& args) : args(args) {}
   void start(int64_t from, int64_t to) {
@@ -39,6 +41,7 @@ struct Tile {
       if (++c == args.classes) c = 0;
     }
   }
+  T* result(Order order) { return results[static_cast<int>(order)]; }
   V inputs(int64_t i) const { return load<T>(args.inputs + begin + i, count - i); }
   V targets(int64_t i) const { return load<T>(args.targets + begin + i, count - i); }
   V alpha(int64_t i) const {
@@ -58,51 +61,61 @@ struct Tile {
   }
 };
 
-enum class Order { value, first, second };
-
-// The derivative of that order with respect to the logit, for hard targets.
-template <Order order, class M>
-C10_ALWAYS_INLINE typename M::V hard(typename M::V x, typename M::V target, typename M::V alpha,
-                                     typename M::Scalar gamma) {
+// The derivatives with respect to the logit, for hard targets.
+template <class M>
+struct Hard {
   using V = typename M::V;
-  const V sign = V(1) - target - target;  // z = sign * x
-  const SigmoidFocal<M> focal(sign * x, gamma);
-  const V used =
-      M::select(M::ge(alpha, V(0)), M::select(M::eq(target, V(0)), V(1) - alpha, alpha), V(1));
-  if constexpr (order == Order::value) return used * focal.loss();
-  if constexpr (order == Order::first) return used * sign * focal.first();
-  if constexpr (order == Order::second) return used * focal.second();
-}
+  V sign;  // z = sign * x
+  V used;  // the alpha that counts
+  SigmoidFocal<M> focal;
 
-// tile.result = that derivative for hard targets; whether all of them are.
-template <Order order, class scalar_t>
-C10_ALWAYS_INLINE bool hard_derivative(Tile<scalar_t>& tile, typename Tile<scalar_t>::T gamma) {
+  C10_ALWAYS_INLINE Hard(V x, V target, V alpha, typename M::Scalar gamma)
+      : sign(V(1) - target - target),
+        used(M::select(M::ge(alpha, V(0)), M::select(M::eq(target, V(0)), V(1) - alpha, alpha),
+                       V(1))),
+        focal(sign * x, gamma) {}
+  template <Order order>
+  C10_ALWAYS_INLINE V of() const {
+    if constexpr (order == Order::value) return used * focal.loss();
+    if constexpr (order == Order::first) return used * sign * focal.first();
+    if constexpr (order == Order::second) return used * focal.second();
+  }
+};
+
+// tile.results[order] = the derivatives of these orders for hard targets; whether all of them are.
+template <Order... orders, class scalar_t>
+C10_ALWAYS_INLINE bool hard_derivatives(Tile<scalar_t>& tile, typename Tile<scalar_t>::T gamma) {
   using T = typename Tile<scalar_t>::T;
   using M = VecMath<T>;
   using V = typename M::V;
-  V soft(0);  // not 0 in a lane that has met one
+  V soft(0);  // some bit is set in a lane that has met one
   for (int64_t i = 0; i < tile.count; i += V::size()) {
     const V target = tile.targets(i);
-    soft = M::select(M::eq(target, V(0)), soft, M::select(M::eq(target, V(1)), soft, V(1)));
-    hard<order, M>(tile.inputs(i), target, tile.alpha(i), gamma).store(tile.result + i);
+    soft = soft | at::vec::fmsub(target, target, target);  // t t - t is 0 for 0 and 1 alone
+    const Hard<M> hard(tile.inputs(i), target, tile.alpha(i), gamma);
+    (hard.template of<orders>().store(tile.result(orders) + i), ...);
   }
   return soft.zero_mask() == (1 << V::size()) - 1;
 }
 
-// tile.result = that derivative.
-template <Order order, class scalar_t>
-void derivative(Tile<scalar_t>& tile) {
+template <Order order>
+double of(const SoftSigmoidFocal<double>& focal) {
+  return order == Order::value ? focal.loss : order == Order::first ? focal.x : focal.xx;
+}
+
+// tile.results[order] = the derivatives of these orders.
+template <Order... orders, class scalar_t>
+void derivatives(Tile<scalar_t>& tile) {
   using T = typename Tile<scalar_t>::T;
   const T gamma = static_cast<T>(tile.args.gamma);
   // Of a gamma that is known here, no other power is left in the loop.
-  if (gamma == T(2) ? hard_derivative<order>(tile, T(2)) : hard_derivative<order>(tile, gamma))
+  if (gamma == T(2) ? hard_derivatives<orders...>(tile, T(2))
+                    : hard_derivatives<orders...>(tile, gamma))
     return;
   for (int64_t i = 0; i < tile.count; ++i) {
     if (!tile.is_soft(i)) continue;
     const SoftSigmoidFocal<double> focal = tile.general(i);
-    tile.result[i] = static_cast<T>(order == Order::value   ? focal.loss
-                                    : order == Order::first ? focal.x
-                                                            : focal.xx);
+    ((tile.result(orders)[i] = static_cast<T>(of<orders>(focal))), ...);
   }
 }
 
@@ -133,9 +146,17 @@ void store_row(const T* values, int64_t count, scalar_t* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<scalar_t>(values[i]);
 }
 
+// Stores values where they are wanted, and returns their sum.
+template <class T, class scalar_t>
+double finish(const T* values, int64_t begin, int64_t count, scalar_t* to) {
+  if (to != nullptr) store_row(values, count, to + begin);
+  return sum(values, count);
+}
+
 // values *= the upstream gradient
 template <class T, class scalar_t>
 void scale(T* values, int64_t begin, int64_t count, Upstream<scalar_t> grad) {
+  for (int64_t i = 0; i < count; ++i) values[i] *= static_cast<T>(grad.share);
   if (grad.each == nullptr) {
     for (int64_t i = 0; i < count; ++i) values[i] *= static_cast<T>(grad.all);
   } else {
@@ -145,7 +166,7 @@ void scale(T* values, int64_t begin, int64_t count, Upstream<scalar_t> grad) {
 
 template <class scalar_t>
 double upstream(const Upstream<scalar_t>& grad, int64_t i) {
-  return grad.each == nullptr ? grad.all : static_cast<double>(grad.each[i]);
+  return grad.share * (grad.each == nullptr ? grad.all : static_cast<double>(grad.each[i]));
 }
 
 }  // namespace
@@ -155,9 +176,23 @@ double sigmoid_focal_loss_range(const SigmoidFocalArgs<scalar_t>& args, int64_t 
                                 scalar_t* loss) {
   double total = 0;
   for_each_tile(args, begin, end, [&](auto& tile) {
-    derivative<Order::value>(tile);
-    if (loss != nullptr) store_row(tile.result, tile.count, loss + tile.begin);
-    total += sum(tile.result, tile.count);
+    derivatives<Order::value>(tile);
+    total += finish(tile.result(Order::value), tile.begin, tile.count, loss);
+  });
+  return total;
+}
+
+template <int capability, class scalar_t>
+double sigmoid_focal_loss_and_grad_range(const SigmoidFocalArgs<scalar_t>& args, int64_t begin,
+                                         int64_t end, double share, scalar_t* loss,
+                                         scalar_t* grad_inputs) {
+  double total = 0;
+  for_each_tile(args, begin, end, [&](auto& tile) {
+    derivatives<Order::value, Order::first>(tile);
+    total += finish(tile.result(Order::value), tile.begin, tile.count, loss);
+    auto* slopes = tile.result(Order::first);
+    scale(slopes, tile.begin, tile.count, Upstream<scalar_t>{share, nullptr, 1});
+    store_row(slopes, tile.count, grad_inputs + tile.begin);
   });
   return total;
 }
@@ -168,9 +203,10 @@ void sigmoid_focal_loss_vjp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
                                   scalar_t* grad_targets) {
   for_each_tile(args, begin, end, [&](auto& tile) {
     if (grad_inputs != nullptr) {
-      derivative<Order::first>(tile);
-      scale(tile.result, tile.begin, tile.count, grad);
-      store_row(tile.result, tile.count, grad_inputs + tile.begin);
+      derivatives<Order::first>(tile);
+      auto* slopes = tile.result(Order::first);
+      scale(slopes, tile.begin, tile.count, grad);
+      store_row(slopes, tile.count, grad_inputs + tile.begin);
     }
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i)
@@ -186,19 +222,19 @@ double sigmoid_focal_loss_jvp_range(const SigmoidFocalArgs<scalar_t>& args, int6
   using T = at::opmath_type<scalar_t>;
   double total = 0;
   for_each_tile(args, begin, end, [&](auto& tile) {
+    T* result = tile.result(Order::first);
     if (tangent_inputs != nullptr) {
-      derivative<Order::first>(tile);
-      scale(tile.result, tile.begin, tile.count, Upstream<scalar_t>{tangent_inputs, 0});
+      derivatives<Order::first>(tile);
+      scale(result, tile.begin, tile.count, Upstream<scalar_t>{1, tangent_inputs, 0});
     } else {
-      std::fill_n(tile.result, tile.count, T(0));
+      std::fill_n(result, tile.count, T(0));
     }
     if (tangent_targets != nullptr) {
       for (int64_t i = 0; i < tile.count; ++i)
-        tile.result[i] += static_cast<T>(tile.general(i).t *
-                                         static_cast<double>(tangent_targets[tile.begin + i]));
+        result[i] += static_cast<T>(tile.general(i).t *
+                                    static_cast<double>(tangent_targets[tile.begin + i]));
     }
-    if (tangent != nullptr) store_row(tile.result, tile.count, tangent + tile.begin);
-    total += sum(tile.result, tile.count);
+    total += finish(result, tile.begin, tile.count, tangent);
   });
   return total;
 }
@@ -214,19 +250,20 @@ void sigmoid_focal_loss_hvp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
   };
   for_each_tile(args, begin, end, [&](auto& tile) {
     if (grad_inputs != nullptr) {
+      T* result = tile.result(Order::second);
       if (tangent_inputs != nullptr) {
-        derivative<Order::second>(tile);
-        scale(tile.result, tile.begin, tile.count, Upstream<scalar_t>{tangent_inputs, 0});
+        derivatives<Order::second>(tile);
+        scale(result, tile.begin, tile.count, Upstream<scalar_t>{1, tangent_inputs, 0});
       } else {
-        std::fill_n(tile.result, tile.count, T(0));
+        std::fill_n(result, tile.count, T(0));
       }
       if (tangent_targets != nullptr) {
         for (int64_t i = 0; i < tile.count; ++i)
-          tile.result[i] +=
+          result[i] +=
               static_cast<T>(tile.general(i).xt * tangent(tangent_targets, tile.begin + i));
       }
-      scale(tile.result, tile.begin, tile.count, grad);
-      store_row(tile.result, tile.count, grad_inputs + tile.begin);
+      scale(result, tile.begin, tile.count, grad);
+      store_row(result, tile.count, grad_inputs + tile.begin);
     }
     if (grad_targets == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i) {
@@ -242,6 +279,8 @@ void sigmoid_focal_loss_hvp_range(const SigmoidFocalArgs<scalar_t>& args, int64_
 #define DLOPS_INSTANTIATE(scalar_t)                                                             \
   template double sigmoid_focal_loss_range<DLOPS_CAPABILITY, scalar_t>(                         \
       const SigmoidFocalArgs<scalar_t>&, int64_t, int64_t, scalar_t*);                          \
+  template double sigmoid_focal_loss_and_grad_range<DLOPS_CAPABILITY, scalar_t>(                \
+      const SigmoidFocalArgs<scalar_t>&, int64_t, int64_t, double, scalar_t*, scalar_t*);       \
   template void sigmoid_focal_loss_vjp_range<DLOPS_CAPABILITY, scalar_t>(                       \
       const SigmoidFocalArgs<scalar_t>&, int64_t, int64_t, Upstream<scalar_t>, scalar_t*,       \
       scalar_t*);                                                                               \

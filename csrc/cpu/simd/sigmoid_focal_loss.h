@@ -15,9 +15,10 @@ struct SigmoidFocalArgs {
   double gamma;
 };
 
-// What multiplies the derivatives: one factor per element, or one for all.
+// What multiplies the derivatives: the reduction's own factor, then one per element or one for all.
 template <class scalar_t>
 struct Upstream {
+  double share;
   const scalar_t* each;  // may be null
   double all;
 };
@@ -28,6 +29,11 @@ struct Upstream {
 template <int capability, class scalar_t>
 double sigmoid_focal_loss_range(const SigmoidFocalArgs<scalar_t>& args, int64_t begin, int64_t end,
                                 scalar_t* loss);
+// The same, and the derivatives by the inputs, each times `share`.
+template <int capability, class scalar_t>
+double sigmoid_focal_loss_and_grad_range(const SigmoidFocalArgs<scalar_t>& args, int64_t begin,
+                                         int64_t end, double share, scalar_t* loss,
+                                         scalar_t* grad_inputs);
 template <int capability, class scalar_t>
 void sigmoid_focal_loss_vjp_range(const SigmoidFocalArgs<scalar_t>& args, int64_t begin,
                                   int64_t end, Upstream<scalar_t> grad, scalar_t* grad_inputs,

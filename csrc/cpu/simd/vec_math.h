@@ -15,8 +15,13 @@ template <class T>
 struct VecMath {
   using V = at::vec::Vectorized<T>;
   using Scalar = T;
-  static V exp(V x) { return x.exp_u20(); }  // what native softmax uses
-  static V log1p(V x) {                      // for x >= 0
+  static V exp(V x) {  // for x <= 0
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, float>) return exp_of_negative(x);
+#endif
+    return x.exp_u20();  // what native softmax uses
+  }
+  static V log1p(V x) {  // for x >= 0
     if constexpr (std::is_same_v<T, float>) {
       // 1 + x = 2^k m with m from 2/3 to 4/3; where k is 0, m - 1 is x itself. The bits of what is
       // not finite are no number: x - x makes it NaN.
@@ -50,9 +55,22 @@ struct VecMath {
   }
   static V pow(V x, V y) { return x.pow(y); }
   static V abs(V x) { return x.abs(); }
-  static V max(V x, V bound) { return at::vec::maximum(x, bound); }
-  static V min(V x, V bound) { return at::vec::minimum(x, bound); }
 #if defined(CPU_CAPABILITY_AVX512)
+  // These instructions return the second operand where either is NaN.
+  static V max(V x, V bound) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm512_max_ps(bound, x);
+    } else {
+      return _mm512_max_pd(bound, x);
+    }
+  }
+  static V min(V x, V bound) {
+    if constexpr (std::is_same_v<T, float>) {
+      return _mm512_min_ps(bound, x);
+    } else {
+      return _mm512_min_pd(bound, x);
+    }
+  }
   // at::vec would turn each mask into a vector and back.
   static auto ge(V x, V y) { return compare<_CMP_GE_OQ>(x, y); }
   static auto eq(V x, V y) { return compare<_CMP_EQ_OQ>(x, y); }
@@ -64,6 +82,8 @@ struct VecMath {
     }
   }
 #else
+  static V max(V x, V bound) { return at::vec::maximum(x, bound); }
+  static V min(V x, V bound) { return at::vec::minimum(x, bound); }
   static V ge(V x, V y) { return x >= y; }
   static V eq(V x, V y) { return x == y; }
   static V select(V condition, V yes, V no) { return V::blendv(no, yes, condition); }
@@ -78,6 +98,19 @@ struct VecMath {
     } else {
       return _mm512_cmp_pd_mask(x, y, comparison);
     }
+  }
+  // 2^n e^r with n whole and |r| <= log(2) / 2; e^r by minimax coefficients, relative error 9e-8.
+  static V exp_of_negative(V x) {
+    const V bounded = _mm512_max_ps(V(-104.0f), x);  // e^-104 is 0; NaN passes
+    const V n = (bounded * V(1.44269504f)).round();
+    const V r = at::vec::fnmadd(n, V(0.693147182f), bounded);
+    V series(0.00829027285f);
+    series = at::vec::fmadd(series, r, V(0.0418981599f));
+    series = at::vec::fmadd(series, r, V(0.166676381f));
+    series = at::vec::fmadd(series, r, V(0.499991478f));
+    series = at::vec::fmadd(series, r, V(0.999999706f));
+    series = at::vec::fmadd(series, r, V(1.0f));
+    return _mm512_scalef_ps(series, n);
   }
 #endif
   // log((1 + s) / (1 - s)) = 2 (s + s^3/3 + s^5/5 + ...) for s from -1/3 to 1/3, with minimax

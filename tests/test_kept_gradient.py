@@ -1,0 +1,164 @@
+"""The losses' gradient that is worked out with the loss: the same bits as worked out afterwards, no
+second kernel, no memory of its own in a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import native
+import pytest
+import torch
+from checks import OpRecorder, generator, normal
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+
+import dlops.functional as F
+
+parametrize = pytest.mark.parametrize
+grad = torch.autograd.grad
+
+REDUCTIONS = ["none", "mean", "sum"]
+Loss = Callable[[Tensor], Tensor]
+
+
+def labels(rows: tuple[int, ...], classes: int) -> Tensor:
+    target = torch.randint(classes, rows, generator=generator(1))
+    return target.where(torch.arange(target.numel()).reshape(rows) % 5 != 0, -100)
+
+
+def focal(size: tuple[int, ...], dtype: torch.dtype, reduction: str, **options: Any) -> Loss:
+    target = labels((size[0], *size[2:]), size[1])
+    weight = normal((size[1],), 2).abs().to(dtype)
+    return lambda x: F.focal_loss(x, target, weight, reduction=reduction, **options)
+
+
+def soft_focal(size: tuple[int, ...], dtype: torch.dtype, reduction: str, **options: Any) -> Loss:
+    target = normal(size, 1).softmax(1).to(dtype)
+    return lambda x: F.focal_loss(x, target, reduction=reduction, **options)
+
+
+def sigmoid(size: tuple[int, ...], dtype: torch.dtype, reduction: str, **options: Any) -> Loss:
+    target = (normal(size, 1) > 1).to(dtype)
+    target[0] = 0.3  # some soft targets
+    return lambda x: F.sigmoid_focal_loss(x, target, reduction=reduction, **options)
+
+
+CASES = {
+    "few classes": partial(focal, (37, 10)),
+    "few classes, smoothed": partial(focal, (37, 10), label_smoothing=0.1, gamma=0.7),
+    "few classes, probabilities": partial(soft_focal, (37, 10)),
+    "many classes": partial(focal, (21, 300), gamma=0.0),
+    "many classes, smoothed": partial(focal, (21, 300), label_smoothing=0.1),
+    "many classes, probabilities": partial(soft_focal, (21, 300), gamma=1.3),
+    "image": partial(focal, (3, 30, 5, 7)),
+    "sigmoid": partial(sigmoid, (33, 50)),
+    "sigmoid, any gamma": partial(sigmoid, (33, 50), gamma=1.3, alpha=-1),
+}
+SIZES = {name: case.args[0] for name, case in CASES.items()}
+
+
+def leaf(case: str, dtype: torch.dtype) -> Tensor:
+    return (3 * normal(SIZES[case])).to(dtype).requires_grad_()
+
+
+@pytest.mark.determinism
+@parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@parametrize("reduction", REDUCTIONS)
+@parametrize("case", CASES)
+def test_same_bits_however_backward_is_called(
+    case: str, reduction: str, dtype: torch.dtype
+) -> None:
+    x, loss = leaf(case, dtype), CASES[case](dtype, reduction)
+    output = loss(x)
+    assert torch.equal(output, loss(x.detach()))
+    for factor in (torch.ones_like(output), normal(output.shape, 3).to(dtype)):
+        (once,) = grad(loss(x), x, factor)
+        output = loss(x)
+        (first,) = grad(output, x, factor, retain_graph=True)
+        kept = first.clone()
+        first.zero_()  # is the caller's own
+        (second,) = grad(output, x, factor)
+        (differentiable,) = grad(loss(x), x, factor, create_graph=True)
+        for other in (kept, second, differentiable):
+            assert torch.equal(once, other)
+
+
+@pytest.mark.compose
+@parametrize("reduction", REDUCTIONS)
+@parametrize("case", CASES)
+def test_many_gradients_at_once(case: str, reduction: str) -> None:
+    x, loss = leaf(case, torch.float64), CASES[case](torch.float64, reduction)
+    output = loss(x)
+    factors = normal((3, *output.shape), 4)
+    (together,) = grad(output, x, factors, is_grads_batched=True, retain_graph=True)
+    one_by_one = [grad(output, x, factor, retain_graph=True)[0] for factor in factors]
+    torch.testing.assert_close(together, torch.stack(one_by_one))
+
+
+@pytest.mark.memory
+@parametrize("dtype", [torch.float32, torch.bfloat16])
+@parametrize("op", ["focal_loss", "sigmoid_focal_loss"])
+def test_one_kernel_for_both(op: str, dtype: torch.dtype) -> None:
+    """But in low precision, where a gradient that waits would be rounded twice."""
+    case = "many classes" if op == "focal_loss" else "sigmoid"
+    x, loss = leaf(case, dtype), CASES[case](dtype, "mean")
+    with OpRecorder() as recorder:
+        loss(x).backward()
+    ours = {name for name in recorder.names if name.startswith("dlops::")}
+    apart = {f"dlops::{op}", f"dlops::{op}_vjp"}
+    assert ours == ({f"dlops::{op}_and_grad"} if dtype == torch.float32 else apart)
+
+
+@pytest.mark.memory
+@parametrize("reduction", REDUCTIONS)
+@parametrize("case", ["many classes", "sigmoid"])
+def test_its_memory_becomes_the_gradient(case: str, reduction: str) -> None:
+    x, loss = leaf(case, torch.float32), CASES[case](torch.float32, reduction)
+    saved: list[int] = []
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    for retain, own in ((False, False), (True, True)):
+        with saved_tensors_hooks(save, lambda tensor: tensor):
+            output = loss(x)
+        (gradient,) = grad(output, x, torch.full_like(output, 2), retain_graph=retain)
+        assert (gradient.data_ptr() not in saved) == own
+
+
+@pytest.mark.special
+@parametrize("reduction", REDUCTIONS)
+@parametrize("factor", [float("inf"), float("nan"), 0.0])
+@parametrize("classes", [5, 100])
+def test_ignored_rows_take_no_gradient_as_in_native(
+    classes: int, factor: float, reduction: str
+) -> None:
+    target = labels((12,), classes)
+
+    def gradient(loss: Callable[..., Tensor]) -> Tensor:
+        x = normal((12, classes)).float().requires_grad_()
+        output = loss(x, target, reduction=reduction)
+        return grad(output, x, torch.full_like(output, factor))[0]
+
+    ours = gradient(partial(F.focal_loss, gamma=0.0))
+    assert (ours[target == -100] == 0).all()
+    expected = gradient(cross_entropy)
+    assert torch.equal(ours.isfinite(), expected.isfinite())
+
+
+@pytest.mark.native
+def test_a_scaled_and_accumulated_loss() -> None:
+    """As a GradScaler and gradient accumulation multiply it."""
+    x, target = normal((12, 30)).float(), labels((12,), 30)
+    gradients = []
+    for loss in (F.focal_loss, native.focal_loss):
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            (loss(leaf * 2, target) * 1024 / 2).backward()
+        assert leaf.grad is not None
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
