@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "common/checks.h"
 #include "cpu/capability.h"
@@ -20,18 +21,29 @@ constexpr int64_t kVisitsPerThread = 1 << 14;
 
 bool channels_last(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
 
-// Calls f(part, row0, row1) in parallel for runs of rows of each of `parts` planes or images. All
-// the rows of a part go together unless there are too few parts to share out.
+// Calls f(first part, parts, row0, row1) in parallel: for all rows of several parts, or for a run
+// of rows of one.
 template <class F>
-void parallel_rows(int64_t parts, int64_t rows, int64_t visits_per_row, const F& f) {
+void parallel_planes(int64_t parts, int64_t rows, int64_t visits_per_row, const F& f) {
   const int64_t run = parts >= 64 ? rows : std::min<int64_t>(rows, 16);
   const int64_t runs = ceil_div(rows, run);
   const int64_t grain =
       std::max<int64_t>(1, kVisitsPerThread / std::max<int64_t>(1, run * visits_per_row));
   at::parallel_for(0, parts * runs, grain, [&](int64_t begin, int64_t end) {
+    if (runs == 1) return f(begin, end - begin, 0, rows);
     for (int64_t i = begin; i < end; ++i)
-      f(i / runs, i % runs * run, std::min(rows, (i % runs + 1) * run));
+      f(i / runs, 1, i % runs * run, std::min(rows, (i % runs + 1) * run));
   });
+}
+
+// Calls f(part, row0, row1) in parallel for runs of rows of each of `parts` planes or images. All
+// the rows of a part go together unless there are too few parts to share out.
+template <class F>
+void parallel_rows(int64_t parts, int64_t rows, int64_t visits_per_row, const F& f) {
+  parallel_planes(parts, rows, visits_per_row,
+                  [&](int64_t part, int64_t count, int64_t begin, int64_t end) {
+                    for (int64_t i = 0; i < count; ++i) f(part + i, begin, end);
+                  });
 }
 
 // Calls f with a zero of the type that cells are saved in.
@@ -54,16 +66,29 @@ void forward(const Pool2dGeometry& g, const at::Tensor& input, const at::Tensor&
       const int64_t image = n * g.C * g.OH * g.OW;
       rows(g, begin, end, in + n * g.C * g.H * g.W, out + image, part(cells, image));
     });
-  } else {
-    const auto rows = DLOPS_SIMD(max_pool2d_rows, scalar_t, cell_t);
-    const int64_t bytes = DLOPS_SIMD(max_pool2d_scratch, scalar_t, cell_t)(g);
-    parallel_rows(g.N * g.C, g.OH, g.OW * g.cells(), [&](int64_t i, int64_t begin, int64_t end) {
-      Scratch scratch(bytes);
-      const int64_t plane = i * g.OH * g.OW;
-      rows(g, begin, end, in + i * g.H * g.W, out + plane, part(cells, plane),
-           scratch.take<char>(bytes));
-    });
+    return;
   }
+  if constexpr (std::is_same_v<cell_t, uint8_t>) {
+    if (side_by_side(g)) {
+      const auto rows = DLOPS_SIMD(max_pool2d_pairs, scalar_t);
+      parallel_planes(g.N * g.C, g.OH, g.OW * g.cells(),
+                      [&](int64_t i, int64_t planes, int64_t begin, int64_t end) {
+                        const int64_t plane = i * g.OH * g.OW;
+                        rows(g, planes, begin, end, in + i * g.H * g.W, out + plane,
+                             part(cells, plane));
+                      });
+      return;
+    }
+  }
+  const auto rows = DLOPS_SIMD(max_pool2d_rows, scalar_t, cell_t);
+  const int64_t bytes = DLOPS_SIMD(max_pool2d_scratch, scalar_t, cell_t)(g);
+  parallel_planes(g.N * g.C, g.OH, g.OW * g.cells(),
+                  [&](int64_t i, int64_t planes, int64_t begin, int64_t end) {
+                    Scratch scratch(bytes);
+                    const int64_t plane = i * g.OH * g.OW;
+                    rows(g, planes, begin, end, in + i * g.H * g.W, out + plane, part(cells, plane),
+                         scratch.take<char>(bytes));
+                  });
 }
 
 // `cells`, where defined, is allocated and filled as well.
@@ -172,13 +197,35 @@ at::Tensor max_pool2d_gather(const at::Tensor& input, const at::Tensor& cells,
   return output;
 }
 
+template <class scalar_t>
+void scatter_pairs(const Pool2dGeometry& g, bool last, const scalar_t* grad, const uint8_t* chosen,
+                   scalar_t* to) {
+  const int64_t input = g.H * g.W, output = g.OH * g.OW;
+  if (last) {
+    const auto rows = DLOPS_SIMD(max_pool2d_scatter_pairs_last, scalar_t);
+    parallel_rows(g.N, g.OH, 2 * g.W * g.C, [&](int64_t n, int64_t begin, int64_t end) {
+      const int64_t i = n * g.C;
+      rows(g, begin, end, grad + i * output, chosen + i * output, to + i * input);
+    });
+  } else {
+    const auto rows = DLOPS_SIMD(max_pool2d_scatter_pairs, scalar_t);
+    parallel_planes(
+        g.N * g.C, g.H, g.W, [&](int64_t i, int64_t planes, int64_t begin, int64_t end) {
+          rows(g, planes, begin, end, grad + i * output, chosen + i * output, to + i * input);
+        });
+  }
+}
+
 template <class scalar_t, class cell_t>
 void scatter(const Pool2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& cells,
              const at::Tensor& grad_input) {
   const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
   const cell_t* chosen = cells.const_data_ptr<cell_t>();
   scalar_t* to = grad_input.mutable_data_ptr<scalar_t>();
-  if (channels_last(cells.suggest_memory_format())) {
+  const bool last = channels_last(cells.suggest_memory_format());
+  if constexpr (std::is_same_v<cell_t, uint8_t>)
+    if (side_by_side(g)) return scatter_pairs(g, last, grad, chosen, to);
+  if (last) {
     const auto rows = DLOPS_SIMD(max_pool2d_scatter_rows_last, scalar_t, cell_t);
     // The windows of a row and of a pixel: at most one for each cell, and for each output.
     const int64_t bytes = Scratch::size<int64_t>(2 * std::min(g.kernel_h, g.OH) +
@@ -192,12 +239,13 @@ void scatter(const Pool2dGeometry& g, const at::Tensor& grad_output, const at::T
   } else {
     const auto rows = DLOPS_SIMD(max_pool2d_scatter_rows, scalar_t, cell_t);
     const int64_t bytes = DLOPS_SIMD(max_pool2d_scratch, scalar_t, cell_t)(g);
-    parallel_rows(g.N * g.C, g.H, g.W, [&](int64_t i, int64_t begin, int64_t end) {
-      Scratch scratch(bytes);
-      const int64_t plane = i * g.OH * g.OW;
-      rows(g, begin, end, grad + plane, chosen + plane, to + i * g.H * g.W,
-           scratch.take<char>(bytes));
-    });
+    parallel_planes(g.N * g.C, g.H, g.W,
+                    [&](int64_t i, int64_t planes, int64_t begin, int64_t end) {
+                      Scratch scratch(bytes);
+                      const int64_t plane = i * g.OH * g.OW;
+                      rows(g, planes, begin, end, grad + plane, chosen + plane, to + i * g.H * g.W,
+                           scratch.take<char>(bytes));
+                    });
   }
 }
 

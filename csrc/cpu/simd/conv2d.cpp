@@ -195,7 +195,7 @@ void fill_columns(const Conv2dGeometry& g, const ColumnBlock& block, const input
           fill_cells(g, row, run, to, ld);
           continue;
         }
-        rows.split(row, column_t(0), phased.get());
+        rows.split(row, phased.get());  // between zeros
         copy_shifted(phased.get() + run.ow0, offsets, count, to, ld);
       }
     }

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/simd/rounded.h"
 
@@ -78,7 +79,14 @@ Vector<T, lanes> load_part(const from_t* from, int64_t count) {
 // Writes the first `count` lanes (at most all), converted.
 template <int64_t lanes, class V, class to_t>
 void store_part(V values, to_t* to, int64_t count) {
-  if constexpr (std::is_class_v<to_t>) {  // BFloat16 and Half
+  if constexpr (std::is_same_v<to_t, c10::BFloat16>) {
+    const auto number = __builtin_convertvector(values, Vector<float, lanes>);
+    Vector<uint32_t, lanes> bits;
+    std::memcpy(&bits, &number, sizeof(bits));
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
+    bits = number == number ? bits : fill<uint32_t, lanes>(0x7fc0);
+    store_part<lanes>(bits, reinterpret_cast<uint16_t*>(to), count);
+  } else if constexpr (std::is_same_v<to_t, c10::Half>) {
     for (int64_t l = 0; l < (count < lanes ? count : lanes); ++l) to[l] = rounded<to_t>(values[l]);
   } else {
     const Vector<to_t, lanes> converted = __builtin_convertvector(values, Vector<to_t, lanes>);
@@ -88,6 +96,30 @@ void store_part(V values, to_t* to, int64_t count) {
       std::memcpy(to, &converted, static_cast<size_t>(count) * sizeof(to_t));
     }
   }
+}
+
+// Lane number from(l) of two vectors in a row, for each lane l.
+template <class T, int64_t lanes, class F>
+Vector<T, lanes> shuffled(Vector<T, lanes> a, Vector<T, lanes> b, const F& from) {
+  return [&]<size_t... l>(std::index_sequence<l...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, from(l)...);
+#else
+    using id_t = UnsignedOf<T>;
+    return __builtin_shuffle(a, b, Vector<id_t, lanes>{static_cast<id_t>(from(l))...});
+#endif
+  }(std::make_index_sequence<lanes>());
+}
+// Lanes `first`, `first` + 2, ... of two vectors in a row.
+template <size_t first, class T, int64_t lanes>
+Vector<T, lanes> every_second(Vector<T, lanes> a, Vector<T, lanes> b) {
+  return shuffled<T, lanes>(a, b, [](size_t l) constexpr { return first + 2 * l; });
+}
+// The lanes of two vectors in turn: one half of them.
+template <size_t half, class T, int64_t lanes>
+Vector<T, lanes> in_turn(Vector<T, lanes> a, Vector<T, lanes> b) {
+  return shuffled<T, lanes>(
+      a, b, [](size_t l) constexpr { return half * lanes / 2 + l / 2 + l % 2 * lanes; });
 }
 
 }  // namespace

@@ -1,15 +1,14 @@
 #include "cpu/simd/max_pool2d.h"
 
-#include <ATen/OpMathType.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/phased_rows.h"
+#include "cpu/simd/pool_windows.h"
 
 namespace dlops::cpu {
 namespace {
@@ -18,57 +17,8 @@ RowGeometry horizontal(const Pool2dGeometry& g) {
   return {g.W, g.OW, g.kernel_w, g.stride_w, g.pad_w, g.dilation_w};
 }
 
-// The type that values are compared and summed in. Low precision is exact in float32; windows too
-// large for one-byte cells have 64-bit numbers, and values as wide, so that both share one mask.
-template <class scalar_t, class cell_t>
-using work_t = std::conditional_t<
-    std::is_same_v<cell_t, uint8_t>,
-    std::conditional_t<std::is_integral_v<scalar_t>, scalar_t, at::opmath_type<scalar_t>>,
-    std::conditional_t<std::is_integral_v<scalar_t>, int64_t, double>>;
-
-template <class scalar_t, class cell_t>
-constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(work_t<scalar_t, cell_t>));
-
-template <class T>
-constexpr T lowest() {
-  return std::numeric_limits<T>::has_infinity ? -std::numeric_limits<T>::infinity()
-                                              : std::numeric_limits<T>::lowest();
-}
-
 // Vectors of windows that are worked on side by side: one alone would wait for its own comparisons.
 constexpr int64_t kBlocks = 4;
-
-// The best value and its cell for `blocks` vectors of windows.
-template <class scalar_t, class cell_t, int64_t blocks>
-struct Windows {
-  using value_t = work_t<scalar_t, cell_t>;
-  using id_t = UnsignedOf<value_t>;
-  static constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  Vector<value_t, lanes> best[blocks];
-  Vector<id_t, lanes> cell[blocks];
-
-  Windows() {
-    for (auto& value : best) value = fill<value_t, lanes>(lowest<value_t>());
-  }
-  // `count` values are there; any number where there is more than one block.
-  template <class from_t>
-  void visit(const from_t* values, int64_t count, id_t id) {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const auto value = blocks > 1 ? load<value_t, lanes>(values + b * lanes)
-                                    : load_part<value_t, lanes>(values, count);
-      const auto takes = (value > best[b]) | (value != value);
-      best[b] = takes ? value : best[b];
-      cell[b] = takes ? fill<id_t, lanes>(id) : cell[b];
-    }
-  }
-  void store(scalar_t* output, cell_t* cells, int64_t count) const {
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t left = blocks > 1 ? lanes : count;
-      store_part<lanes>(best[b], output + b * lanes, left);
-      if (cells != nullptr) store_part<lanes>(cell[b], cells + b * lanes, left);
-    }
-  }
-};
 
 // Calls f(position, blocks as a constant) until `count` elements are covered.
 template <int64_t lanes, class F>
@@ -134,7 +84,7 @@ struct Workspace {
         offsets(reinterpret_cast<int64_t*>(window + aligned(g.kernel_h))),
         first(reinterpret_cast<id_t*>(offsets + aligned(g.kernel_w))) {}
   void prepare(const Pool2dGeometry& g, const PhasedRows& phased) const {
-    std::fill_n(held, slots, int64_t(-1));
+    std::fill_n(rows, slots * phased.size(), lowest<value_t>());  // the padding
     for (int64_t s = 0; s < g.kernel_w; ++s) offsets[s] = phased.offset(s);
     for (int64_t ow = 0; ow < g.OW; ++ow)
       first[ow] = static_cast<id_t>(columns_inside(g, ow).begin);
@@ -175,7 +125,6 @@ struct ScatterWorkspace {
   void prepare(const Pool2dGeometry& g) const {
     std::fill_n(grads, slots * width, value_t(0));
     std::fill_n(cells, slots * width, id_t(0));
-    std::fill_n(held, slots, int64_t(-1));
     for (int64_t s = 0; s < g.kernel_w; ++s) {
       phase[s] = s * g.dilation_w % g.stride_w;
       shift[s] = s * g.dilation_w / g.stride_w;
@@ -208,22 +157,25 @@ int64_t max_pool2d_scratch(const Pool2dGeometry& g) {
 }
 
 template <int capability, class scalar_t, class cell_t>
-void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const scalar_t* input,
-                     scalar_t* output, cell_t* cells, void* scratch) {
+void max_pool2d_rows(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int64_t oh1,
+                     const scalar_t* input, scalar_t* output, cell_t* cells, void* scratch) {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
   const PhasedRows phased(horizontal(g));
   const Workspace<scalar_t, cell_t> work(g, phased, scratch);
   work.prepare(g, phased);
-  for (int64_t oh = oh0; oh < oh1; ++oh) {
+  const int64_t end = ((planes - 1) * g.OH + oh1) * g.OW;
+  for (int64_t row = oh0; row < (planes - 1) * g.OH + oh1; ++row) {
+    const int64_t plane = row / g.OH, oh = row % g.OH;
+    if (oh == oh0) std::fill_n(work.held, work.slots, int64_t(-1));
     const Range r = rows_inside(g, oh);
     for (int64_t i = r.begin; i < r.end; ++i) {
       const int64_t ih = g.input_row(oh, i), slot = ih % work.slots;
-      value_t* row = work.rows + slot * phased.size();
-      if (work.held[slot] != ih) phased.split(input + ih * g.W, lowest<value_t>(), row);
+      value_t* values = work.rows + slot * phased.size();
+      if (work.held[slot] != ih) phased.split(input + (plane * g.H + ih) * g.W, values);
       work.held[slot] = ih;
-      work.window[i] = row;
+      work.window[i] = values;
     }
     const id_t base = static_cast<id_t>(g.cell_number(r.begin, 0));
     for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
@@ -235,14 +187,15 @@ void max_pool2d_rows(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const sc
         for (int64_t s = 0; s < g.kernel_w; ++s)
           windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(g.cell_number(i, s)));
       }
-      windows.store(output + oh * g.OW + ow, cells == nullptr ? nullptr : cells + oh * g.OW + ow,
-                    g.OW - ow);
+      // Lanes past the row's end are written, too: the next row comes after.
+      const int64_t at = row * g.OW + ow;
+      windows.store(output + at, cells == nullptr ? nullptr : cells + at, end - at);
     });
   }
 }
 
 template <int capability, class scalar_t, class cell_t>
-void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
+void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t planes, int64_t ih0, int64_t ih1,
                              const scalar_t* grad_output, const cell_t* cells, scalar_t* grad_input,
                              void* scratch) {
   using value_t = work_t<scalar_t, cell_t>;
@@ -251,11 +204,13 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
   const PhasedRows phased(horizontal(g));
   const ScatterWorkspace<scalar_t, cell_t> work(g, phased, scratch);
   work.prepare(g);
-  for (int64_t ih = ih0; ih < ih1; ++ih) {
+  for (int64_t row = ih0; row < (planes - 1) * g.H + ih1; ++row) {
+    const int64_t plane = row / g.H * g.OH * g.OW, ih = row % g.H;
+    if (ih == ih0) std::fill_n(work.held, work.slots, int64_t(-1));
     int64_t count = 0;
     for_each_window(ih, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH,
                     [&](int64_t oh, int64_t r) {
-                      work.keep(g, oh, grad_output, cells);
+                      work.keep(g, oh, grad_output + plane, cells + plane);
                       work.windows[2 * count] = oh % work.slots * work.width + work.margin;
                       work.windows[2 * count + 1] = g.cell_number(r, 0);
                       ++count;
@@ -276,7 +231,7 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
         store_part<lanes>(sum, work.row + phase * phased.stored_width() + x, lanes);
       }
     }
-    phased.join(work.row, scalar_t(0), grad_input + ih * g.W);
+    phased.join(work.row, scalar_t(0), grad_input + row * g.W);
   }
 }
 
@@ -362,14 +317,16 @@ void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t 
 #define DLOPS_INSTANTIATE_FORWARD(scalar_t, cell_t)                                               \
   template int64_t max_pool2d_scratch<DLOPS_CAPABILITY, scalar_t, cell_t>(const Pool2dGeometry&); \
   template void max_pool2d_rows<DLOPS_CAPABILITY, scalar_t, cell_t>(                              \
-      const Pool2dGeometry&, int64_t, int64_t, const scalar_t*, scalar_t*, cell_t*, void*);       \
+      const Pool2dGeometry&, int64_t, int64_t, int64_t, const scalar_t*, scalar_t*, cell_t*,      \
+      void*);                                                                                     \
   template void max_pool2d_rows_last<DLOPS_CAPABILITY, scalar_t, cell_t>(                         \
       const Pool2dGeometry&, int64_t, int64_t, const scalar_t*, scalar_t*, cell_t*);
 
-#define DLOPS_INSTANTIATE_SCATTER(scalar_t, cell_t)                                               \
-  template void max_pool2d_scatter_rows<DLOPS_CAPABILITY, scalar_t, cell_t>(                      \
-      const Pool2dGeometry&, int64_t, int64_t, const scalar_t*, const cell_t*, scalar_t*, void*); \
-  template void max_pool2d_scatter_rows_last<DLOPS_CAPABILITY, scalar_t, cell_t>(                 \
+#define DLOPS_INSTANTIATE_SCATTER(scalar_t, cell_t)                                                \
+  template void max_pool2d_scatter_rows<DLOPS_CAPABILITY, scalar_t, cell_t>(                       \
+      const Pool2dGeometry&, int64_t, int64_t, int64_t, const scalar_t*, const cell_t*, scalar_t*, \
+      void*);                                                                                      \
+  template void max_pool2d_scatter_rows_last<DLOPS_CAPABILITY, scalar_t, cell_t>(                  \
       const Pool2dGeometry&, int64_t, int64_t, const scalar_t*, const cell_t*, scalar_t*, void*);
 
 #define DLOPS_INSTANTIATE_INTEGER(scalar_t)    \

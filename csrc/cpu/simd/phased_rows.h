@@ -42,10 +42,9 @@ class PhasedRows {
     return x % g_.stride_w * width_ + x / g_.stride_w;
   }
 
-  // Splits an input row; padding becomes `padding_value`.
+  // Splits an input row. What is padding stays as it was.
   template <class from_t, class to_t>
-  void split(const from_t* row, to_t padding_value, to_t* phased) const {
-    std::fill_n(phased, size(), padding_value);
+  void split(const from_t* row, to_t* phased) const {
     for_each_phase([&](int64_t first, int64_t count, int64_t at) {
       const from_t* from = row + first;
       to_t* to = phased + at;
@@ -62,6 +61,7 @@ class PhasedRows {
   // The reverse; the row's columns that no window reaches get `unreached`.
   template <class from_t, class to_t>
   void join(const from_t* phased, to_t unreached, to_t* row) const {
+    if (phases_ == 2 && g_.stride_w == 2) return join_pairs(phased, unreached, row);
     std::fill_n(row, g_.W, unreached);
     for_each_phase([&](int64_t first, int64_t count, int64_t at) {
       const from_t* from = phased + at;
@@ -77,6 +77,23 @@ class PhasedRows {
   }
 
  private:
+  // For two phases: columns 2 i and 2 i + 1, each of a phase of its own, one after the other.
+  template <class from_t, class to_t>
+  void join_pairs(const from_t* phased, to_t unreached, to_t* row) const {
+    const int64_t even = g_.pad_w % 2, skipped = g_.pad_w / 2;
+    const from_t* a = phased + even * width_ + skipped;
+    const from_t* b = phased + (1 - even) * width_ + skipped + even;
+    // Padded column x is element x / 2, of which there are `width`.
+    const int64_t reached = std::clamp<int64_t>(2 * width() - g_.pad_w, 0, g_.W);
+    int64_t i = 0;
+    for (; 2 * i + 1 < reached; ++i) {
+      row[2 * i] = rounded<to_t>(a[i]);
+      row[2 * i + 1] = rounded<to_t>(b[i]);
+    }
+    if (2 * i < reached) row[2 * i] = rounded<to_t>(a[i]);
+    std::fill(row + reached, row + g_.W, unreached);
+  }
+
   // Calls f(first input column, how many, where they begin in the phased row) for each phase.
   template <class F>
   void for_each_phase(const F& f) const {
