@@ -155,6 +155,48 @@ def test_special_values(case: MaxPool2dCase, fill: str, dtype: torch.dtype) -> N
     assert error(ours["gradient 0"], theirs["gradient 0"]) < 1e-15
 
 
+def check_bits(case: MaxPool2dCase, input: Tensor) -> None:
+    """Values, indices and gradients, bit for bit."""
+    check_values_and_indices(case, input)
+    results = []
+    for pool in both(case):
+        leaf = input.detach().requires_grad_()
+        output = pool(leaf)
+        grad_output = normal(output.shape, 1).to(output)
+        results.append(torch.autograd.grad(output, leaf, grad_output)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    check_same_layout(*results, "gradient")
+
+
+@pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("planes", [(1, 3), (3, 23)])
+def test_windows_side_by_side(planes: tuple[int, int], layout: str, dtype: torch.dtype) -> None:
+    """2 by 2 with stride 2, up to more than two vectors of windows a row, the last one cut or not;
+    one plane after the other and many at once. Every input is in one window, so native is exact."""
+    for height, width in [(2, 2), (3, 2), (2, 5), (7, 9), (4, 33), (5, 64), (6, 71), (2, 132)]:
+        values = normal((*planes, height, width), width)
+        ties = values.round()
+        nans = values.masked_fill(values > 1.5, float("nan")).masked_fill(values < -1, -torch.inf)
+        for ceil_mode in (False, True):
+            case = MaxPool2dCase("pairs", values.shape, 2, ceil_mode=ceil_mode)
+            for x in (values, ties, nans):
+                check_bits(case, LAYOUTS[layout](x.to(dtype)))
+
+
+@pytest.mark.exact
+@parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@parametrize("kernel_size, stride", [(2, 2), (3, 3)])
+def test_gradients_past_the_caches(kernel_size: int, stride: int, dtype: torch.dtype) -> None:
+    """More than 64 MiB of them, which are written past the caches."""
+    channels = 64 * 4 // dtype.itemsize
+    case = MaxPool2dCase("large", (1, channels, 513, 520), kernel_size, stride)
+    x = small_integers(case.input).to(dtype).contiguous(memory_format=torch.channels_last)
+    assert x.nbytes > 64 << 20
+    check_bits(case, x)
+
+
 @pytest.mark.special
 def test_a_window_of_padding_alone() -> None:
     """It is -inf, and its gradient goes nowhere."""

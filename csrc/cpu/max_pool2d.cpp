@@ -227,14 +227,9 @@ void scatter(const Pool2dGeometry& g, const at::Tensor& grad_output, const at::T
     if (side_by_side(g)) return scatter_pairs(g, last, grad, chosen, to);
   if (last) {
     const auto rows = DLOPS_SIMD(max_pool2d_scatter_rows_last, scalar_t, cell_t);
-    // The windows of a row and of a pixel: at most one for each cell, and for each output.
-    const int64_t bytes = Scratch::size<int64_t>(2 * std::min(g.kernel_h, g.OH) +
-                                                 2 * std::min(g.cells(), g.OH * g.OW));
     parallel_rows(g.N, g.H, g.W * g.C, [&](int64_t n, int64_t begin, int64_t end) {
-      Scratch scratch(bytes);
       const int64_t image = n * g.C * g.OH * g.OW;
-      rows(g, begin, end, grad + image, chosen + image, to + n * g.C * g.H * g.W,
-           scratch.take<char>(bytes));
+      rows(g, begin, end, grad + image, chosen + image, to + n * g.C * g.H * g.W);
     });
   } else {
     const auto rows = DLOPS_SIMD(max_pool2d_scatter_rows, scalar_t, cell_t);

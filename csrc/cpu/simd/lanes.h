@@ -2,6 +2,10 @@
 // on values and the integers that go with them, in registers, on every instruction set.
 #pragma once
 
+#if DLOPS_CAPABILITY == 2
+#include <immintrin.h>
+#endif
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -97,6 +101,39 @@ void store_part(V values, to_t* to, int64_t count) {
     }
   }
 }
+
+// A writer of whole results. A result far larger than the caches goes past them, where the
+// instruction set can: its old contents are then not read first, and nothing else is pushed out.
+class Writer {
+ public:
+  explicit Writer(int64_t bytes) : past_caches_(bytes > (int64_t(64) << 20)) {}
+  ~Writer() {
+#if DLOPS_CAPABILITY == 2
+    if (past_caches_) _mm_sfence();
+#endif
+  }
+  Writer(const Writer&) = delete;
+  Writer& operator=(const Writer&) = delete;
+
+  template <int64_t lanes, class V, class to_t>
+  void store(V values, to_t* to, int64_t count) const {
+#if DLOPS_CAPABILITY == 2
+    if constexpr (lanes * sizeof(to_t) == 64) {
+      if (past_caches_ && count >= lanes && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        const Vector<to_t, lanes> converted = __builtin_convertvector(values, Vector<to_t, lanes>);
+        __m512i bits;
+        std::memcpy(&bits, &converted, sizeof(bits));
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+        return;
+      }
+    }
+#endif
+    store_part<lanes>(values, to, count);
+  }
+
+ private:
+  bool past_caches_;
+};
 
 // Lane number from(l) of two vectors in a row, for each lane l.
 template <class T, int64_t lanes, class F>

@@ -45,23 +45,49 @@ Range columns_inside(const Pool2dGeometry& g, int64_t ow) {
           offsets_before(start, g.dilation_w, g.kernel_w, g.W)};
 }
 
-// Calls f(output position, kernel offset) for the windows along one axis that hold input `i`.
-template <class F>
-void for_each_window(int64_t i, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
-                     int64_t outputs, const F& f) {
-  if (dilation == 1) {  // one division for all of them
-    const int64_t last = (i + padding) / stride, first = i + padding - last * stride;
-    const int64_t beyond = std::max<int64_t>(0, last - outputs + 1);
-    for (int64_t k = first + beyond * stride, o = last - beyond; k < kernel && o >= 0;
-         k += stride, --o)
-      f(o, k);
-    return;
+// The windows along one axis that hold input `i`, one after the other.
+class Holders {
+ public:
+  Holders(int64_t i, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
+          int64_t outputs)
+      : position_(i + padding),
+        stride_(stride),
+        dilation_(dilation),
+        kernel_(kernel),
+        outputs_(outputs) {
+    if (dilation == 1) {
+      output_ = std::min(position_ / stride, outputs - 1);
+      offset_ = position_ - output_ * stride;
+    } else {
+      offset_ = -1;
+      next();
+    }
   }
-  for (int64_t k = 0; k < kernel; ++k) {
-    const int64_t start = i + padding - k * dilation;
-    if (start < 0) return;
-    if (start % stride == 0 && start / stride < outputs) f(start / stride, k);
+  bool valid() const { return offset_ < kernel_ && output_ >= 0; }
+  int64_t output() const { return output_; }
+  int64_t offset() const { return offset_; }  // of the input in the kernel
+  void next() {
+    if (dilation_ == 1) {
+      offset_ += stride_;
+      --output_;
+      return;
+    }
+    int64_t start = 0;
+    do {
+      start = position_ - ++offset_ * dilation_;
+      output_ = start < 0 ? -1 : start / stride_;
+    } while (offset_ < kernel_ && start >= 0 && (start % stride_ != 0 || output_ >= outputs_));
   }
+
+ private:
+  int64_t position_, stride_, dilation_, kernel_, outputs_;
+  int64_t offset_ = 0, output_ = 0;
+};
+Holders rows_holding(const Pool2dGeometry& g, int64_t ih) {
+  return {ih, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH};
+}
+Holders columns_holding(const Pool2dGeometry& g, int64_t iw) {
+  return {iw, g.stride_w, g.pad_w, g.dilation_w, g.kernel_w, g.OW};
 }
 
 // Working memory of the contiguous kernels, cut from one buffer.
@@ -148,6 +174,31 @@ struct ScatterWorkspace {
   static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
 };
 
+// sum += the gradients of the windows that chose cell `id`; `count` of them are there, any number
+// where there is more than one block.
+template <int64_t lanes, int64_t blocks, class scalar_t, class cell_t, class value_t, class id_t>
+C10_ALWAYS_INLINE void add_chosen(const scalar_t* grad, const cell_t* cells, id_t id, int64_t count,
+                                  Vector<value_t, lanes>* sum) {
+#if DLOPS_CAPABILITY == 2
+  if constexpr (blocks * lanes == 64 && sizeof(cell_t) == 1) {
+    // All cells are compared as bytes, and are masks at once.
+    const __mmask64 mine =
+        _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(cells), _mm512_set1_epi8(static_cast<char>(id)));
+    for (int64_t b = 0; b < blocks; ++b) {
+      const __m512 here = load<value_t, lanes>(grad + b * lanes), before = sum[b];
+      sum[b] = _mm512_mask_add_ps(before, static_cast<__mmask16>(mine >> b * lanes), before, here);
+    }
+    return;
+  }
+#endif
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t left = blocks > 1 ? lanes : count;
+    const auto here = load_part<value_t, lanes>(grad + b * lanes, left);
+    const auto mine = load_part<id_t, lanes>(cells + b * lanes, left) == id;
+    sum[b] += mine ? here : Vector<value_t, lanes>{};
+  }
+}
+
 }  // namespace
 
 template <int capability, class scalar_t, class cell_t>
@@ -208,13 +259,12 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t planes, int64_t ih
     const int64_t plane = row / g.H * g.OH * g.OW, ih = row % g.H;
     if (ih == ih0) std::fill_n(work.held, work.slots, int64_t(-1));
     int64_t count = 0;
-    for_each_window(ih, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH,
-                    [&](int64_t oh, int64_t r) {
-                      work.keep(g, oh, grad_output + plane, cells + plane);
-                      work.windows[2 * count] = oh % work.slots * work.width + work.margin;
-                      work.windows[2 * count + 1] = g.cell_number(r, 0);
-                      ++count;
-                    });
+    for (Holders rows = rows_holding(g, ih); rows.valid(); rows.next()) {
+      work.keep(g, rows.output(), grad_output + plane, cells + plane);
+      work.windows[2 * count] = rows.output() % work.slots * work.width + work.margin;
+      work.windows[2 * count + 1] = g.cell_number(rows.offset(), 0);
+      ++count;
+    }
     for (int64_t phase = 0; phase < phased.phases(); ++phase) {
       for (int64_t x = 0; x < phased.width(); x += lanes) {
         Vector<value_t, lanes> sum = {};
@@ -263,54 +313,30 @@ void max_pool2d_rows_last(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, con
 template <int capability, class scalar_t, class cell_t>
 void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
                                   const scalar_t* grad_output, const cell_t* cells,
-                                  scalar_t* grad_input, void* scratch) {
+                                  scalar_t* grad_input) {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  // The windows that hold one input row, and those that hold one pixel of it: where they begin in
-  // the output, and which cell it is.
-  auto* rows = static_cast<int64_t*>(scratch);
-  int64_t* windows = rows + 2 * std::min(g.kernel_h, g.OH);
-  int64_t row_count = 0;
-  for (int64_t p = ih0 * g.W, iw = 0; p < ih1 * g.W; ++p, iw = iw + 1 == g.W ? 0 : iw + 1) {
-    if (iw == 0) {
-      row_count = 0;
-      for_each_window(p / g.W, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH,
-                      [&](int64_t oh, int64_t r) {
-                        rows[2 * row_count] = oh * g.OW * g.C;
-                        rows[2 * row_count + 1] = g.cell_number(r, 0);
-                        ++row_count;
-                      });
-    }
-    int64_t cols = 0;
-    if (row_count > 0) {
-      for_each_window(iw, g.stride_w, g.pad_w, g.dilation_w, g.kernel_w, g.OW,
-                      [&](int64_t ow, int64_t s) {
-                        windows[2 * cols] = rows[0] + ow * g.C;
-                        windows[2 * cols + 1] = rows[1] + s;
-                        ++cols;
-                      });
-    }
-    const int64_t count = row_count * cols;
-    for (int64_t i = 1; i < row_count; ++i) {
-      for (int64_t j = 0; j < 2 * cols; ++j)
-        windows[2 * i * cols + j] = windows[j] - rows[j % 2] + rows[2 * i + j % 2];
-    }
-    for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
-      Vector<value_t, lanes> sum[blocks] = {};
-      for (int64_t i = 0; i < count; ++i) {
-        for (int64_t b = 0; b < blocks; ++b) {
-          const int64_t at = windows[2 * i] + c + b * lanes, left = blocks > 1 ? lanes : g.C - c;
-          const auto grad = load_part<value_t, lanes>(grad_output + at, left);
-          const auto chosen = load_part<id_t, lanes>(cells + at, left);
-          const auto mine = chosen == static_cast<id_t>(windows[2 * i + 1]);
-          sum[b] += mine ? grad : Vector<value_t, lanes>{};
+  const Writer writer(g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(scalar_t)));
+  for (int64_t ih = ih0; ih < ih1; ++ih) {
+    const Holders rows = rows_holding(g, ih);
+    for (int64_t iw = 0; iw < g.W; ++iw) {
+      const Holders columns = columns_holding(g, iw);
+      scalar_t* to = grad_input + (ih * g.W + iw) * g.C;
+      for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
+        Vector<value_t, lanes> sum[blocks] = {};
+        for (Holders row = rows; row.valid(); row.next()) {
+          for (Holders column = columns; column.valid(); column.next()) {
+            const int64_t at = (row.output() * g.OW + column.output()) * g.C + c;
+            const int64_t cell = g.cell_number(row.offset(), column.offset());
+            add_chosen<lanes, blocks, scalar_t, cell_t, value_t, id_t>(
+                grad_output + at, cells + at, static_cast<id_t>(cell), g.C - c, sum);
+          }
         }
-      }
-      for (int64_t b = 0; b < blocks; ++b)
-        store_part<lanes>(sum[b], grad_input + p * g.C + c + b * lanes,
-                          blocks > 1 ? lanes : g.C - c);
-    });
+        for (int64_t b = 0; b < blocks; ++b)
+          writer.store<lanes>(sum[b], to + c + b * lanes, blocks > 1 ? lanes : g.C - c);
+      });
+    }
   }
 }
 
@@ -327,7 +353,7 @@ void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t 
       const Pool2dGeometry&, int64_t, int64_t, int64_t, const scalar_t*, const cell_t*, scalar_t*, \
       void*);                                                                                      \
   template void max_pool2d_scatter_rows_last<DLOPS_CAPABILITY, scalar_t, cell_t>(                  \
-      const Pool2dGeometry&, int64_t, int64_t, const scalar_t*, const cell_t*, scalar_t*, void*);
+      const Pool2dGeometry&, int64_t, int64_t, const scalar_t*, const cell_t*, scalar_t*);
 
 #define DLOPS_INSTANTIATE_INTEGER(scalar_t)    \
   DLOPS_INSTANTIATE_FORWARD(scalar_t, uint8_t) \

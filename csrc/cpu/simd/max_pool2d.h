@@ -33,7 +33,7 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t planes, int64_t ih
 template <int capability, class scalar_t, class cell_t>
 void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
                                   const scalar_t* grad_output, const cell_t* cells,
-                                  scalar_t* grad_input, void* scratch);
+                                  scalar_t* grad_input);
 
 // The same where `side_by_side(g)`: forward and backward of planes, backward of an image, this by
 // output rows [oh0, oh1).

@@ -96,6 +96,7 @@ void max_pool2d_scatter_pairs_last(const Pool2dGeometry& g, int64_t oh0, int64_t
                                    const scalar_t* grad_output, const uint8_t* cells,
                                    scalar_t* grad_input) {
   using P = Pairs<scalar_t>;
+  const Writer writer(g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(scalar_t)));
   const auto clear = [&](int64_t ih, int64_t iw0) {
     if (ih < g.H)
       std::fill(grad_input + (ih * g.W + iw0) * g.C, grad_input + (ih + 1) * g.W * g.C,
@@ -112,7 +113,7 @@ void max_pool2d_scatter_pairs_last(const Pool2dGeometry& g, int64_t oh0, int64_t
         for (int k = 0; k < 4; ++k) {
           const auto chosen =
               cell == static_cast<typename P::id_t>(k) ? grad : typename P::Values{};
-          store_part<P::lanes>(chosen, to + (k / 2 * g.W + k % 2) * g.C + c, count);
+          writer.store<P::lanes>(chosen, to + (k / 2 * g.W + k % 2) * g.C + c, count);
         }
       }
     }
