@@ -259,6 +259,7 @@ MAX_POOL2D = [
     MaxPool2dCase("cells_over_256", (1, 2, 18, 19), 17, 1),
     MaxPool2dCase("kernel_is_image", (2, 3, 5, 4), (5, 4)),
     MaxPool2dCase("stride_over_kernel", (2, 2, 8, 9), 2, 3),
+    MaxPool2dCase("padding_out_of_reach", (1, 2, 13, 11), 7, 2, (0, 1), 2),
     MaxPool2dCase("2x2_image", (3, 4, 2, 2), 2),
     MaxPool2dCase("1x1_image", (3, 4, 1, 1), 3, 2, 1),
     MaxPool2dCase("empty_batch", (0, 3, 6, 6), 2),

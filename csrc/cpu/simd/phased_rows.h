@@ -61,7 +61,9 @@ class PhasedRows {
   // The reverse; the row's columns that no window reaches get `unreached`.
   template <class from_t, class to_t>
   void join(const from_t* phased, to_t unreached, to_t* row) const {
-    if (phases_ == 2 && g_.stride_w == 2) return join_pairs(phased, unreached, row);
+    // Less than no padding: the first columns are in no window.
+    if (phases_ == 2 && g_.stride_w == 2 && g_.pad_w >= 0)
+      return join_pairs(phased, unreached, row);
     std::fill_n(row, g_.W, unreached);
     for_each_phase([&](int64_t first, int64_t count, int64_t at) {
       const from_t* from = phased + at;
