@@ -193,6 +193,22 @@ def test_extreme_logits_in_every_variant(
 
 
 @pytest.mark.special
+@parametrize("classes", [5, 100])
+@parametrize("reduction", ["none", "sum"])
+def test_nan_logits_of_a_class_without_weight(classes: int, reduction: str) -> None:
+    """As in native, where 0 times NaN is NaN; a row that is ignored has no loss."""
+    x = normal((3, classes)).float()
+    x[0, 1] = x[1, 2] = float("nan")
+    target, weight = torch.tensor([0, -100, 1]), torch.zeros(classes)
+    for labels in (target, torch.eye(classes)[target.clamp(min=0)]):
+        ours, theirs = (
+            f(x, labels, weight, reduction=reduction)
+            for f in (partial(F.focal_loss, gamma=0.0), native.cross_entropy)
+        )
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.special
 @parametrize("gamma", [0.0, 0.5, 2.0])
 def test_masked_classes(gamma: float) -> None:
     """A logit of -inf takes its class out: no NaN, no gradient, and the rest as without it."""

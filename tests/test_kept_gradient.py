@@ -10,9 +10,11 @@ from typing import Any
 import native
 import pytest
 import torch
-from checks import OpRecorder, generator, normal
+from checks import generator, normal
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import cross_entropy
 
 import dlops.functional as F
@@ -101,15 +103,45 @@ def test_many_gradients_at_once(case: str, reduction: str) -> None:
 @pytest.mark.memory
 @parametrize("dtype", [torch.float32, torch.bfloat16])
 @parametrize("op", ["focal_loss", "sigmoid_focal_loss"])
-def test_one_kernel_for_both(op: str, dtype: torch.dtype) -> None:
-    """But in low precision, where a gradient that waits would be rounded twice."""
+def test_kept_but_in_low_precision(op: str, dtype: torch.dtype) -> None:
+    """There, a gradient that waits would be rounded twice."""
     case = "many classes" if op == "focal_loss" else "sigmoid"
-    x, loss = leaf(case, dtype), CASES[case](dtype, "mean")
-    with OpRecorder() as recorder:
-        loss(x).backward()
-    ours = {name for name in recorder.names if name.startswith("dlops::")}
-    apart = {f"dlops::{op}", f"dlops::{op}_vjp"}
-    assert ours == ({f"dlops::{op}_and_grad"} if dtype == torch.float32 else apart)
+    loss = CASES[case](dtype, "mean")
+    node: Any = loss(leaf(case, dtype)).grad_fn
+    assert (node.saved_tensors[-1] is not None) == (dtype == torch.float32)
+
+
+@pytest.mark.compose
+@parametrize("mode", ["real", "fake", "symbolic"])
+@parametrize("case", ["many classes", "sigmoid"])
+def test_recorded_as_value_and_backward(case: str, mode: str) -> None:
+    """What records or fakes has no numbers to look at, and the record runs on any device."""
+    loss = CASES[case](torch.float32, "mean")
+
+    def gradient(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return grad(loss(x), x)[0]
+
+    x = leaf(case, torch.float32).detach()
+    recorded = make_fx(gradient, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    targets = {str(node.target) for node in recorded.graph.nodes}
+    assert not any("and_grad" in target for target in targets)
+    assert torch.equal(recorded(x), gradient(x))
+
+
+@pytest.mark.compose
+@parametrize("case", ["many classes", "sigmoid"])
+def test_tangent_of_a_gradient(case: str) -> None:
+    """Forward over reverse needs no create_graph."""
+    loss = CASES[case](torch.float64, "mean")
+    x, tangent = leaf(case, torch.float64), normal(SIZES[case], 5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        (gradient,) = grad(loss(dual) ** 2, dual)
+        forward = forward_ad.unpack_dual(gradient).tangent
+    (first,) = grad(loss(x) ** 2, x, create_graph=True)
+    (reverse,) = grad(first, x, tangent)
+    torch.testing.assert_close(forward, reverse)
 
 
 @pytest.mark.memory
@@ -117,17 +149,31 @@ def test_one_kernel_for_both(op: str, dtype: torch.dtype) -> None:
 @parametrize("case", ["many classes", "sigmoid"])
 def test_its_memory_becomes_the_gradient(case: str, reduction: str) -> None:
     x, loss = leaf(case, torch.float32), CASES[case](torch.float32, reduction)
-    saved: list[int] = []
+    for retain in (False, True):
+        output: Any = loss(x)
+        place = output.grad_fn.saved_tensors[-1].data_ptr()
+        (gradient,) = grad(output, x, torch.full_like(output, 2), retain_graph=retain)
+        assert (gradient.data_ptr() == place) == (not retain)
 
-    def save(tensor: Tensor) -> Tensor:
-        saved.append(tensor.data_ptr())
+
+@pytest.mark.memory
+@parametrize("reduction", REDUCTIONS)
+@parametrize("factor", [1, 5])
+@parametrize("case", ["many classes", "sigmoid"])
+def test_what_a_hook_packed_stays_as_it_was(case: str, factor: int, reduction: str) -> None:
+    x, loss = leaf(case, torch.float32), CASES[case](torch.float32, reduction)
+    packed: list[tuple[Tensor, Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append((tensor, tensor.clone()))
         return tensor
 
-    for retain, own in ((False, False), (True, True)):
-        with saved_tensors_hooks(save, lambda tensor: tensor):
-            output = loss(x)
-        (gradient,) = grad(output, x, torch.full_like(output, 2), retain_graph=retain)
-        assert (gradient.data_ptr() not in saved) == own
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = loss(x)
+    (gradient,) = grad(output, x, torch.full_like(output, factor))
+    gradient.zero_()
+    for tensor, before in packed:
+        assert torch.equal(tensor, before)
 
 
 @pytest.mark.special

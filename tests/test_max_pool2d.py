@@ -186,6 +186,18 @@ def test_windows_side_by_side(planes: tuple[int, int], layout: str, dtype: torch
 
 
 @pytest.mark.exact
+@parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_of_fewer_windows_than_fit(layout: str) -> None:
+    """The raw operator takes them: what no window reaches has no gradient."""
+    grad_output, cells = torch.ones(1, 16, 1, 2), torch.zeros(1, 16, 1, 2, dtype=torch.uint8)
+    window = [2, 2], [2, 2], [0, 0], [1, 1]
+    arguments = LAYOUTS[layout](grad_output), LAYOUTS[layout](cells), [1, 16, 8, 8]
+    expected = torch.zeros(1, 16, 8, 8)
+    expected[:, :, 0, [0, 2]] = 1
+    assert torch.equal(torch.ops.dlops.max_pool2d_scatter(*arguments, *window), expected)
+
+
+@pytest.mark.exact
 @parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
 @parametrize("kernel_size, stride", [(2, 2), (3, 3)])
 def test_gradients_past_the_caches(kernel_size: int, stride: int, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -30,8 +31,8 @@ struct Loss {
     const Row<scalar_t, Team> row(args, i, team);
     T value(0);
     if (!row.ignored)
-      value =
-          row.sum_of_shares([&](int64_t c) { return weighted(row.share(c), row.focal(c).loss()); });
+      value = row.sum_of_shares(
+          [&](int64_t c) { return weighted_loss(row.share(c), row.focal(c).loss()); });
     if (row.is_first_member()) loss[i] = static_cast<out_t>(value);
   }
 };
@@ -357,6 +358,16 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
   return {grad_input, grad_target};
 }
 
+std::tuple<at::Tensor, at::Tensor, at::Tensor> focal_loss_and_grad(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    double gamma, int64_t ignore_index, int64_t reduction, double label_smoothing) {
+  auto [loss, normalizer] =
+      focal_loss(input, target, weight, gamma, ignore_index, reduction, label_smoothing);
+  auto grads = focal_loss_vjp(at::ones_like(loss), normalizer, input, target, weight, gamma,
+                              ignore_index, reduction, label_smoothing, {true, false});
+  return {loss, normalizer, std::get<0>(grads)};
+}
+
 at::Tensor focal_loss_jvp(const at::Tensor& normalizer,
                           const std::optional<at::Tensor>& tangent_input,
                           const std::optional<at::Tensor>& tangent_target, const at::Tensor& input,
@@ -408,6 +419,7 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
 
 TORCH_LIBRARY_IMPL(dlops, DLOPS_CUDA_KEY, m) {
   m.impl("focal_loss", &dlops::cuda::focal_loss);
+  m.impl("focal_loss_and_grad", &dlops::cuda::focal_loss_and_grad);
   m.impl("focal_loss_vjp", &dlops::cuda::focal_loss_vjp);
   m.impl("focal_loss_jvp", &dlops::cuda::focal_loss_jvp);
   m.impl("focal_loss_hvp", &dlops::cuda::focal_loss_hvp);

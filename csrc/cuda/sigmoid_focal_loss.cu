@@ -4,6 +4,7 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -263,6 +264,15 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
   return {grad_inputs, grad_targets};
 }
 
+std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_and_grad(
+    const at::Tensor& inputs, const at::Tensor& targets,
+    const std::optional<at::Tensor>& class_alpha, double alpha, double gamma, int64_t reduction) {
+  at::Tensor loss = sigmoid_focal_loss(inputs, targets, class_alpha, alpha, gamma, reduction);
+  auto grads = sigmoid_focal_loss_vjp(at::ones_like(loss), inputs, targets, class_alpha, alpha,
+                                      gamma, reduction, {true, false});
+  return {loss, std::get<0>(grads)};
+}
+
 at::Tensor sigmoid_focal_loss_jvp(const std::optional<at::Tensor>& tangent_inputs,
                                   const std::optional<at::Tensor>& tangent_targets,
                                   const at::Tensor& inputs, const at::Tensor& targets,
@@ -309,6 +319,7 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_hvp(
 
 TORCH_LIBRARY_IMPL(dlops, DLOPS_CUDA_KEY, m) {
   m.impl("sigmoid_focal_loss", &dlops::cuda::sigmoid_focal_loss);
+  m.impl("sigmoid_focal_loss_and_grad", &dlops::cuda::sigmoid_focal_loss_and_grad);
   m.impl("sigmoid_focal_loss_vjp", &dlops::cuda::sigmoid_focal_loss_vjp);
   m.impl("sigmoid_focal_loss_jvp", &dlops::cuda::sigmoid_focal_loss_jvp);
   m.impl("sigmoid_focal_loss_hvp", &dlops::cuda::sigmoid_focal_loss_hvp);

@@ -75,6 +75,11 @@ template <class T>
 DLOPS_HOST_DEVICE T weighted(T factor, T value) {
   return factor == 0 ? T(0) : factor * value;
 }
+// The same for a loss, but where it is NaN.
+template <class T>
+DLOPS_HOST_DEVICE T weighted_loss(T factor, T loss) {
+  return loss == loss ? weighted(factor, loss) : loss;
+}
 
 template <class scalar_t, class Team>
 struct Row {

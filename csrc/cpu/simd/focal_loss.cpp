@@ -178,11 +178,11 @@ typename Rows<scalar_t>::V row_losses(const Rows<scalar_t>& rows,
   const auto softmax = softmax_of(rows);
   V loss(0);
   if (rows.one_class_each()) {
-    loss = weighted<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows)).loss());
+    loss = weighted_loss<M>(V::loadu(rows.target_weight), softmax.focal(target_logit(rows)).loss());
   } else {
     loss = sum_over<M>(rows.args.classes, [&](int64_t c) {
-      return weighted<M>(rows.weight(c) * rows.share(c, target),
-                         softmax.focal(rows.logit(c)).loss());
+      return weighted_loss<M>(rows.weight(c) * rows.share(c, target),
+                              softmax.focal(rows.logit(c)).loss());
     });
   }
   return M::select(rows.valid(), loss, V(0));
@@ -264,7 +264,7 @@ typename Rows<scalar_t>::V one_class_gradient(const Rows<scalar_t>& rows, RowFac
     const V gradient = M::select(is_target, slope * focal.not_p, minus_slope * e);
     (gradient * factor).store(result + c * R::lanes);
   }
-  return M::select(rows.valid(), weighted<M>(weight, focal.loss()), V(0));
+  return M::select(rows.valid(), weighted_loss<M>(weight, focal.loss()), V(0));
 }
 
 // The gradient for any target: g_c - p_c sum(g), g_c = weight_c share_c phi'_c. Returns the losses
@@ -285,7 +285,7 @@ typename Rows<scalar_t>::V general_gradient(const Rows<scalar_t>& rows,
     const V slope = weighted<M>(part * share, focal.first());
     slope.store(result + c * R::lanes);
     if constexpr (with_loss) {
-      return std::array{slope, weighted<M>(share, focal.loss())};
+      return std::array{slope, weighted_loss<M>(share, focal.loss())};
     } else {
       return std::array{slope};
     }

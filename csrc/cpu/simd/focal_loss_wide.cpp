@@ -231,7 +231,7 @@ void one_class_losses(WideRows<scalar_t>& rows, at::opmath_type<scalar_t>* losse
   add_up_rows<false>(rows, static_cast<scalar_t*>(nullptr));
   const Targets<scalar_t> targets(rows);
   const auto focal = rows.softmax().focal(targets.logits());
-  weighted<M>(targets.weights(), focal.loss()).store(losses);
+  weighted_loss<M>(targets.weights(), focal.loss()).store(losses);
 }
 
 // weight * phi' * (onehot - p), and the losses.
@@ -250,7 +250,7 @@ void one_class_gradients(WideRows<scalar_t>& rows, RowFactor<scalar_t> grad, sca
   for (int64_t i = 0; i < rows.count; ++i) share[i] = rows.share(grad, i);
   const auto softmax = rows.softmax();
   const auto focal = softmax.focal(targets.logits());
-  weighted<M>(targets.weights(), focal.loss()).store(losses);
+  weighted_loss<M>(targets.weights(), focal.loss()).store(losses);
   const V slope = weighted<M>(V::loadu(share) * targets.weights(), focal.first());
   ((V(T(0)) - slope) * softmax.inverse).store(minus_slope);
   (slope * focal.not_p).store(at_target);
@@ -304,7 +304,7 @@ struct WideRow {
            M::select(is_target, V(smoothing.kept + smoothing.spread), spread);
   }
   V losses(int64_t c, int64_t some) const {
-    return weighted<M>(shares(c, some), softmax.focal(logits(c, some)).loss());
+    return weighted_loss<M>(shares(c, some), softmax.focal(logits(c, some)).loss());
   }
   // The sum of f(c, how many) over the classes.
   template <class F>
@@ -330,7 +330,8 @@ struct WideRow {
       const V shares = this->shares(c, some), slope = weighted<M>(V(share) * shares, focal.first());
       if constexpr (keep) store(slope, to + c, some);
       total.add(first_lanes(slope, some, none));
-      if constexpr (with_loss) loss.add(first_lanes(weighted<M>(shares, focal.loss()), some, none));
+      if constexpr (with_loss)
+        loss.add(first_lanes(weighted_loss<M>(shares, focal.loss()), some, none));
     });
     const V all(added_up(total));
     for_each_vector<V>(rows.classes, [&](int64_t c, int64_t some) {
@@ -364,14 +365,15 @@ void for_each_row(WideRows<scalar_t>& rows, const F& f) {
   for (int64_t i = 0; i < rows.count; ++i) f(i, WideRow<scalar_t>(rows, i, max[i], others[i]));
 }
 
-// Stores a value per row where it is wanted, and returns their sum.
+// Stores a value per row where it is wanted, 0 for ignored rows, and returns their sum.
 template <class scalar_t>
 double finish(const WideRows<scalar_t>& rows, const at::opmath_type<scalar_t>* values,
               scalar_t* to) {
   double sum = 0;
   for (int64_t i = 0; i < rows.count; ++i) {
-    sum += static_cast<double>(values[i]);
-    if (to != nullptr) to[rows.first + i] = static_cast<scalar_t>(values[i]);
+    const auto value = rows.valid(i) ? values[i] : 0;
+    sum += static_cast<double>(value);
+    if (to != nullptr) to[rows.first + i] = static_cast<scalar_t>(value);
   }
   return sum;
 }
@@ -411,9 +413,8 @@ double focal_loss_and_grad_wide_rows(const FocalArgs<scalar_t>& args, int64_t be
       one_class_gradients(rows, grad, grad_input, losses);
     } else {
       for_each_row(rows, [&](int64_t i, const WideRow<scalar_t>& row) {
-        const T found = row.template gradient<true>(rows.share(grad, i), rows.upstream(grad, i),
-                                                    rows.row(grad_input, i));
-        losses[i] = rows.valid(i) ? found : T(0);
+        losses[i] = row.template gradient<true>(rows.share(grad, i), rows.upstream(grad, i),
+                                                rows.row(grad_input, i));
       });
     }
     sum += finish(rows, losses, loss);

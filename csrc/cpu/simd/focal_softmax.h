@@ -47,6 +47,11 @@ typename M::V weighted(typename M::V factor, typename M::V value) {
   using V = typename M::V;
   return M::select(M::eq(factor, V(0)), V(0), factor * value);
 }
+// The same for losses, but where one is NaN.
+template <class M>
+typename M::V weighted_loss(typename M::V factor, typename M::V loss) {
+  return M::select(M::eq(loss, loss), weighted<M>(factor, loss), loss);
+}
 
 // A sum that loses no digits however many terms it has (Kahan).
 template <class M>

@@ -102,8 +102,8 @@ void store_part(V values, to_t* to, int64_t count) {
   }
 }
 
-// A writer of whole results. A result far larger than the caches goes past them, where the
-// instruction set can: its old contents are then not read first, and nothing else is pushed out.
+// A writer of whole results. One far larger than the caches goes past them with AVX-512, where its
+// vectors fill cache lines: old contents are then not read first, and nothing else is pushed out.
 class Writer {
  public:
   explicit Writer(int64_t bytes) : past_caches_(bytes > (int64_t(64) << 20)) {}

@@ -50,8 +50,8 @@ void max_pool2d_pairs(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int6
       windows.cell[0] = typename P::Ids{};
       for (int r = 0; r < 2; ++r) {
         const scalar_t* from = first + r * g.W + 2 * ow;
-        const auto [left, right] = load_two<typename P::value_t, P::lanes>(
-            from, std::max(2 * (g.OW - ow), input_end - (from - input)));
+        const auto [left, right] =
+            load_two<typename P::value_t, P::lanes>(from, input_end - (from - input));
         windows.visit(0, every_second<0, typename P::value_t, P::lanes>(left, right),
                       static_cast<typename P::id_t>(2 * r));
         windows.visit(0, every_second<1, typename P::value_t, P::lanes>(left, right),
@@ -119,7 +119,8 @@ void max_pool2d_scatter_pairs_last(const Pool2dGeometry& g, int64_t oh0, int64_t
     }
     clear(2 * oh, 2 * g.OW);
     clear(2 * oh + 1, 2 * g.OW);
-    if (oh + 1 == g.OH) clear(2 * g.OH, 0);
+    if (oh + 1 < g.OH) continue;
+    for (int64_t ih = 2 * g.OH; ih < g.H; ++ih) clear(ih, 0);
   }
 }
 
