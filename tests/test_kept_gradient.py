@@ -12,6 +12,7 @@ import pytest
 import torch
 from checks import generator, normal
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -127,6 +128,29 @@ def test_recorded_as_value_and_backward(case: str, mode: str) -> None:
     targets = {str(node.target) for node in recorded.graph.nodes}
     assert not any("and_grad" in target for target in targets)
     assert torch.equal(recorded(x), gradient(x))
+
+
+@pytest.mark.compose
+@parametrize("op", ["focal_loss", "sigmoid_focal_loss"])
+def test_fake_tensors_have_gradients(op: str) -> None:
+    with FakeTensorMode():
+        x = torch.empty(5, 30, requires_grad=True)
+        target = torch.empty(5, 30) if op == "sigmoid_focal_loss" else torch.arange(5)
+        getattr(F, op)(x, target, reduction="mean").backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+
+
+@pytest.mark.compose
+@parametrize("case", ["many classes", "sigmoid"])
+def test_transform_of_a_backward(case: str) -> None:
+    """It is linear in grad_output."""
+    x, loss = leaf(case, torch.float64), CASES[case](torch.float64, "none")
+    first, second, third = loss(x), loss(x), loss(x)
+    factor, tangent = normal(first.shape, 6), normal(first.shape, 7)
+    value, forward = torch.func.jvp(lambda f: grad(first, x, f)[0], (factor,), (tangent,))
+    torch.testing.assert_close(value, grad(second, x, factor)[0])
+    torch.testing.assert_close(forward, grad(third, x, tangent)[0])
 
 
 @pytest.mark.compose
