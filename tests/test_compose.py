@@ -413,6 +413,28 @@ def test_compile_fullgraph(dynamic: bool, tmp_path: Path, monkeypatch: pytest.Mo
         )
 
 
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="Inductor's own code does not compile with ATEN_CPU_CAPABILITY=default",
+)
+@pytest.mark.parametrize("op", ["focal_loss", "sigmoid_focal_loss"])
+def test_compile_losses_of_turned_logits(
+    op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels' results are dense, whatever the logits' strides are."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    target = torch.arange(7) % 5 if op == "focal_loss" else (torch.arange(35) % 2.0).view(7, 5)
+
+    def loss(x: Tensor) -> Tensor:
+        return getattr(F, op)(x.t(), target, reduction="none").sin().sum()
+
+    x = torch.randn(5, 7, requires_grad=True)
+    (expected,) = torch.autograd.grad(loss(x), x)
+    (ours,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), x)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_export() -> None:
     model = dlops.convert(network()).eval()
     x = torch.randn(4, 3, 16, 16)

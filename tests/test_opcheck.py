@@ -90,8 +90,12 @@ def max_pool2d_samples() -> list[Sample]:
 def sigmoid_samples() -> list[Sample]:
     samples = []
     mask = [True, True]
-    for reduction, class_alpha in ((0, None), (1, None), (2, normal((5,)).abs())):
-        inputs, targets = leaf(4, 5), torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
+    turned = normal((5, 4)).t().requires_grad_()
+    alpha = normal((5,)).abs()
+    settings = [(0, None, leaf(4, 5)), (1, None, leaf(4, 5)), (2, alpha, leaf(4, 5))]
+    settings += [(0, None, turned), (0, alpha, turned), (1, None, turned)]
+    for reduction, class_alpha, inputs in settings:
+        targets = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
         call = (inputs, targets, class_alpha, 0.25, 2.0, reduction)
         grad_output = torch.ones_like(ops.sigmoid_focal_loss(*call)).detach().requires_grad_()
         tangents = (leaf(4, 5, seed=3), leaf(4, 5, seed=4))
@@ -113,8 +117,11 @@ def focal_samples() -> list[Sample]:
     for target in (indices, probabilities):
         tangent = leaf(2, 5, 3, seed=4) if target.is_floating_point() else None
         mask = [True, target.is_floating_point()]
-        for reduction, weight in ((0, None), (1, normal((5,)).abs()), (2, None)):
-            call = (leaf(2, 5, 3), target, weight, 2.0, -100, reduction, 0.1)
+        turned = normal((3, 5, 2)).permute(2, 1, 0).requires_grad_()
+        settings = [(0, None, leaf(2, 5, 3)), (1, normal((5,)).abs(), leaf(2, 5, 3))]
+        settings += [(2, None, leaf(2, 5, 3)), (0, None, turned), (1, None, turned)]
+        for reduction, weight, logits in settings:
+            call = (logits, target, weight, 2.0, -100, reduction, 0.1)
             loss, normalizer = (x.detach() for x in ops.focal_loss(*call))
             grad_output = torch.ones_like(loss).requires_grad_()
             tangents = (leaf(2, 5, 3, seed=3), tangent)

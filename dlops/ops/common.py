@@ -195,6 +195,12 @@ def empty_images(like: Tensor, shape: Any, *leads: Tensor, dtype: Any = None) ->
 # --------------------------------------------------------------------------- for the losses' rules
 
 
+def empty_dense(like: Tensor) -> Tensor:
+    """What a loss's kernel allocates in the shape of ``like``: without gaps, its classes where
+    ``like`` has them."""
+    return torch.empty_like(like, memory_format=suggest_memory_format(like))
+
+
 def any_tensor(*values: Any) -> bool:
     return any(isinstance(value, Tensor) for value in values)
 

@@ -14,6 +14,7 @@ from dlops.ops.common import (
     any_tensor,
     batched,
     call,
+    empty_dense,
     no_third_derivative,
     reduce_rows,
     register,
@@ -369,7 +370,7 @@ def fake_grads(op: str, grad_output: Tensor, input: Tensor, args: Any) -> tuple[
     loss = fake_loss(op, input, args)
     if args[-2] == NONE:
         check_shape(op, grad_output, "grad_output", loss.shape)
-    return tuple(torch.empty_like(input) if asked else input.new_empty(0) for asked in mask)
+    return tuple(empty_dense(input) if asked else input.new_empty(0) for asked in mask)
 
 
 @torch.library.register_fake("dlops::focal_loss")
@@ -382,7 +383,7 @@ def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss = fake_loss("focal_loss_and_grad", input, args)
     normalizer = input.new_empty((), dtype=fake_sum_type(input.dtype))
-    return loss, normalizer, torch.empty_like(input)
+    return loss, normalizer, empty_dense(input)
 
 
 @torch.library.register_fake("dlops::focal_loss_vjp")

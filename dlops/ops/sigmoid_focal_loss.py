@@ -13,6 +13,7 @@ from dlops.ops.common import (
     any_tensor,
     batched,
     call,
+    empty_dense,
     no_third_derivative,
     reduce_rows,
     register,
@@ -257,8 +258,15 @@ def unfold_masked(grads: Any, like: Tensor, mask: list[bool]) -> Any:
 # ------------------------------------------------------------------------------------ fake kernels
 
 
-def fake_loss(inputs: Tensor, reduction: int) -> Tensor:
-    return torch.empty_like(inputs) if reduction == NONE else inputs.new_empty(())
+def fake_elements(inputs: Tensor, class_alpha: Tensor | None) -> Tensor:
+    # A class is a position in the last dimension, which is then the innermost in memory, too.
+    if class_alpha is None:
+        return empty_dense(inputs)
+    return torch.empty_like(inputs, memory_format=torch.contiguous_format)
+
+
+def fake_loss(inputs: Tensor, class_alpha: Tensor | None, reduction: int) -> Tensor:
+    return fake_elements(inputs, class_alpha) if reduction == NONE else inputs.new_empty(())
 
 
 def fake_grads(op: str, grad_output: Tensor, args: Any) -> tuple[Tensor, ...]:
@@ -266,19 +274,21 @@ def fake_grads(op: str, grad_output: Tensor, args: Any) -> tuple[Tensor, ...]:
     check_sigmoid_focal_loss(op, inputs, targets, class_alpha)
     if reduction == NONE:
         check_shape(op, grad_output, "grad_output", inputs.shape)
-    return tuple(torch.empty_like(inputs) if asked else inputs.new_empty(0) for asked in mask)
+    empty = inputs.new_empty(0)
+    return tuple(fake_elements(inputs, class_alpha) if asked else empty for asked in mask)
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss")
 def _(inputs: Tensor, targets: Tensor, class_alpha: Any, *options: Any) -> Tensor:
     check_sigmoid_focal_loss("sigmoid_focal_loss", inputs, targets, class_alpha)
-    return fake_loss(inputs, options[-1])
+    return fake_loss(inputs, class_alpha, options[-1])
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss_and_grad")
 def _(inputs: Tensor, targets: Tensor, class_alpha: Any, *options: Any) -> tuple[Tensor, Tensor]:
     check_sigmoid_focal_loss("sigmoid_focal_loss_and_grad", inputs, targets, class_alpha)
-    return fake_loss(inputs, options[-1]), torch.empty_like(inputs)
+    loss = fake_loss(inputs, class_alpha, options[-1])
+    return loss, fake_elements(inputs, class_alpha)
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss_vjp")
@@ -289,7 +299,7 @@ def _(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("dlops::sigmoid_focal_loss_jvp")
 def _(inputs_t: Any, targets_t: Any, inputs: Tensor, *args: Any) -> Tensor:
     check_sigmoid_focal_loss("sigmoid_focal_loss_jvp", inputs, *args[:2])
-    return fake_loss(inputs, args[-1])
+    return fake_loss(inputs, args[1], args[-1])
 
 
 @torch.library.register_fake("dlops::sigmoid_focal_loss_hvp")
