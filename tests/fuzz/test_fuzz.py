@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,8 @@ OURS = SimpleNamespace(functional=dlops.functional, nn=dlops.nn)
 NATIVE = SimpleNamespace(functional=native, nn=torch.nn)
 MODULES = {"conv2d": "Conv2d", "max_pool2d": "MaxPool2d", "unfold": "Unfold", "fold": "Fold"}
 # What native's errors say where it cannot do what it takes.
-NATIVE_GIVES_UP = ("allocate memory", "slow_conv2d: grad_weight must be contiguous")
+ONEDNN_FAILS = "could not create a primitive"
+NATIVE_GIVES_UP = ("allocate memory", "slow_conv2d: grad_weight must be contiguous", ONEDNN_FAILS)
 # Tensors that have no gradient in ours.
 UNDIFFERENTIABLE = {"focal_loss": ("weight",)}
 LOSSES = ("sigmoid_focal_loss", "focal_loss")
@@ -110,6 +112,16 @@ def outcome(
         return results
     except Exception as error:
         return error
+
+
+def native_outcome(op: str, call: Call) -> dict[str, Tensor] | Exception:
+    """An error in oneDNN's code generator stays with the thread, and fails every later convolution
+    there: a new thread knows whether this one is to blame."""
+    result = outcome(NATIVE, op, call)
+    if ONEDNN_FAILS in str(result):
+        with ThreadPoolExecutor(1) as fresh:
+            result = fresh.submit(outcome, NATIVE, op, call).result()
+    return result
 
 
 def rounding(call: Call) -> torch.dtype:
@@ -282,12 +294,12 @@ def check(op: str, call: Call) -> None:
     for known in BEFOREHAND:
         if known.applies(op, call):
             call = known.instead(call)
-    theirs = outcome(NATIVE, op, call)
+    theirs = native_outcome(op, call)
     for known in EXTENSIONS:
         if isinstance(theirs, Exception) and known.applies(op, call):
             event(f"compared with another call: {known.reason}")
             call = known.instead(call)
-            theirs = outcome(NATIVE, op, call)
+            theirs = native_outcome(op, call)
     if isinstance(ours, Exception):
         allowed = REFUSALS if isinstance(theirs, dict) else OTHER_TYPES
         excused = any(known.applies(op, call) for known in allowed)
