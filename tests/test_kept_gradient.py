@@ -107,9 +107,8 @@ def test_many_gradients_at_once(case: str, reduction: str) -> None:
 def test_kept_but_in_low_precision(op: str, dtype: torch.dtype) -> None:
     """There, a gradient that waits would be rounded twice."""
     case = "many classes" if op == "focal_loss" else "sigmoid"
-    loss = CASES[case](dtype, "mean")
-    node: Any = loss(leaf(case, dtype)).grad_fn
-    assert (node.saved_tensors[-1] is not None) == (dtype == torch.float32)
+    output: Any = CASES[case](dtype, "mean")(leaf(case, dtype))
+    assert (output.grad_fn.saved_tensors[-1] is not None) == (dtype == torch.float32)
 
 
 @pytest.mark.compose
