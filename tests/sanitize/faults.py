@@ -18,7 +18,8 @@ def overflow() -> None:
     """A tensor that claims more memory than it has."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
-    address = libc.malloc(ctypes.c_size_t(64 * 64 * 4 - 4))
+    # Whole vectors less: of one that is cut, the sanitizer says unknown-crash.
+    address = libc.malloc(ctypes.c_size_t(64 * 64 * 4 - 256))
     memory = (ctypes.c_float * (64 * 64)).from_address(address)
     image = torch.from_numpy(np.ctypeslib.as_array(memory)).view(1, 1, 64, 64)
     F.max_pool2d(image, 2)
