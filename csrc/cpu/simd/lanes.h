@@ -76,9 +76,50 @@ template <class T, int64_t lanes, class from_t>
 Vector<T, lanes> load_part(const from_t* from, int64_t count) {
   if (count >= lanes) return load<T, lanes>(from);
   from_t part[lanes] = {};
+#if DLOPS_CAPABILITY == 2
+  // As many bytes: `memcpy` of a length that is not constant is a call.
+  const __mmask64 some = (uint64_t(1) << (static_cast<size_t>(count) * sizeof(from_t))) - 1;
+  const __m512i bits = _mm512_maskz_loadu_epi8(some, from);
+  std::memcpy(static_cast<void*>(part), &bits, sizeof(part));
+#else
   std::memcpy(static_cast<void*>(part), from, static_cast<size_t>(count) * sizeof(from_t));
+#endif
   return load<T, lanes>(part);
 }
+
+// Each lane as a to_t.
+template <class to_t, int64_t lanes, class V>
+Vector<to_t, lanes> converted(V values) {
+#if DLOPS_CAPABILITY == 2
+  // GCC takes bytes from their lanes one by one.
+  if constexpr (std::is_same_v<to_t, uint8_t> && std::is_same_v<V, Vector<uint32_t, 16>>)
+    return (Vector<uint8_t, 16>)_mm512_cvtepi32_epi8((__m512i)values);
+#endif
+  return __builtin_convertvector(values, Vector<to_t, lanes>);
+}
+
+#if DLOPS_CAPABILITY == 2
+// Writes the first `bytes` of a register's 8, 16, 32 or 64: `memcpy` of a length that is not
+// constant is a call.
+template <class V>
+void store_bytes(V values, void* to, int64_t bytes) {
+  const uint64_t some = (uint64_t(1) << bytes) - 1;
+  if constexpr (sizeof(V) == 64) {
+    __m512i bits;
+    std::memcpy(&bits, &values, sizeof(bits));
+    _mm512_mask_storeu_epi8(to, some, bits);
+  } else if constexpr (sizeof(V) == 32) {
+    __m256i bits;
+    std::memcpy(&bits, &values, sizeof(bits));
+    _mm256_mask_storeu_epi8(to, static_cast<__mmask32>(some), bits);
+  } else {
+    static_assert(sizeof(V) == 16 || sizeof(V) == 8);
+    __m128i bits = {};
+    std::memcpy(&bits, &values, sizeof(values));
+    _mm_mask_storeu_epi8(to, static_cast<__mmask16>(some), bits);
+  }
+}
+#endif
 
 // Writes the first `count` lanes (at most all), converted.
 template <int64_t lanes, class V, class to_t>
@@ -93,11 +134,15 @@ void store_part(V values, to_t* to, int64_t count) {
   } else if constexpr (std::is_same_v<to_t, c10::Half>) {
     for (int64_t l = 0; l < (count < lanes ? count : lanes); ++l) to[l] = rounded<to_t>(values[l]);
   } else {
-    const Vector<to_t, lanes> converted = __builtin_convertvector(values, Vector<to_t, lanes>);
+    const Vector<to_t, lanes> result = converted<to_t, lanes>(values);
     if (count >= lanes) {
-      std::memcpy(to, &converted, sizeof(converted));
+      std::memcpy(to, &result, sizeof(result));
     } else {
-      std::memcpy(to, &converted, static_cast<size_t>(count) * sizeof(to_t));
+#if DLOPS_CAPABILITY == 2
+      store_bytes(result, to, count * static_cast<int64_t>(sizeof(to_t)));
+#else
+      std::memcpy(to, &result, static_cast<size_t>(count) * sizeof(to_t));
+#endif
     }
   }
 }
@@ -120,9 +165,9 @@ class Writer {
 #if DLOPS_CAPABILITY == 2
     if constexpr (lanes * sizeof(to_t) == 64) {
       if (past_caches_ && count >= lanes && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        const Vector<to_t, lanes> converted = __builtin_convertvector(values, Vector<to_t, lanes>);
+        const Vector<to_t, lanes> result = converted<to_t, lanes>(values);
         __m512i bits;
-        std::memcpy(&bits, &converted, sizeof(bits));
+        std::memcpy(&bits, &result, sizeof(bits));
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
         return;
       }

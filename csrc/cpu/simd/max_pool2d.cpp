@@ -7,7 +7,11 @@
 #include <type_traits>
 
 #include "cpu/simd/lanes.h"
+#if DLOPS_CAPABILITY == 2
+#include "cpu/simd/max_pool2d_masked.h"
+#endif
 #include "cpu/simd/phased_rows.h"
+#include "cpu/simd/pool_ranges.h"
 #include "cpu/simd/pool_windows.h"
 
 namespace dlops::cpu {
@@ -27,67 +31,6 @@ void for_each_block(int64_t count, const F& f) {
   for (; at + kBlocks * lanes <= count; at += kBlocks * lanes)
     f(at, std::integral_constant<int64_t, kBlocks>());
   for (; at < count; at += lanes) f(at, std::integral_constant<int64_t, 1>());
-}
-
-// The kernel rows [begin, end) that lie in the image for output row oh.
-struct Range {
-  int64_t begin, end;
-};
-Range rows_inside(const Pool2dGeometry& g, int64_t oh) {
-  const int64_t start = g.input_row(oh, 0);
-  return {first_offset_inside(start, g.dilation_h),
-          offsets_before(start, g.dilation_h, g.kernel_h, g.H)};
-}
-// The same for the kernel columns of output column ow.
-Range columns_inside(const Pool2dGeometry& g, int64_t ow) {
-  const int64_t start = g.input_col(ow, 0);
-  return {first_offset_inside(start, g.dilation_w),
-          offsets_before(start, g.dilation_w, g.kernel_w, g.W)};
-}
-
-// The windows along one axis that hold input `i`, one after the other.
-class Holders {
- public:
-  Holders(int64_t i, int64_t stride, int64_t padding, int64_t dilation, int64_t kernel,
-          int64_t outputs)
-      : position_(i + padding),
-        stride_(stride),
-        dilation_(dilation),
-        kernel_(kernel),
-        outputs_(outputs) {
-    if (dilation == 1) {
-      output_ = std::min(position_ / stride, outputs - 1);
-      offset_ = position_ - output_ * stride;
-    } else {
-      offset_ = -1;
-      next();
-    }
-  }
-  bool valid() const { return offset_ < kernel_ && output_ >= 0; }
-  int64_t output() const { return output_; }
-  int64_t offset() const { return offset_; }  // of the input in the kernel
-  void next() {
-    if (dilation_ == 1) {
-      offset_ += stride_;
-      --output_;
-      return;
-    }
-    int64_t start = 0;
-    do {
-      start = position_ - ++offset_ * dilation_;
-      output_ = start < 0 ? -1 : start / stride_;
-    } while (offset_ < kernel_ && start >= 0 && (start % stride_ != 0 || output_ >= outputs_));
-  }
-
- private:
-  int64_t position_, stride_, dilation_, kernel_, outputs_;
-  int64_t offset_ = 0, output_ = 0;
-};
-Holders rows_holding(const Pool2dGeometry& g, int64_t ih) {
-  return {ih, g.stride_h, g.pad_h, g.dilation_h, g.kernel_h, g.OH};
-}
-Holders columns_holding(const Pool2dGeometry& g, int64_t iw) {
-  return {iw, g.stride_w, g.pad_w, g.dilation_w, g.kernel_w, g.OW};
 }
 
 // Working memory of the contiguous kernels, cut from one buffer.
@@ -114,6 +57,15 @@ struct Workspace {
     for (int64_t s = 0; s < g.kernel_w; ++s) offsets[s] = phased.offset(s);
     for (int64_t ow = 0; ow < g.OW; ++ow)
       first[ow] = static_cast<id_t>(columns_inside(g, ow).begin);
+  }
+  // Input row ih of a plane, phased.
+  const value_t* keep(const Pool2dGeometry& g, const PhasedRows& phased, int64_t ih,
+                      const scalar_t* plane) const {
+    const int64_t slot = ih - quotient(ih, slots) * slots;
+    value_t* row = rows + slot * phased.size();
+    if (held[slot] != ih) phased.split(plane + ih * g.W, row);
+    held[slot] = ih;
+    return row;
   }
   static int64_t bytes(const Pool2dGeometry& g) {
     const Workspace none(g, PhasedRows(horizontal(g)), nullptr);
@@ -156,16 +108,17 @@ struct ScatterWorkspace {
       shift[s] = s * g.dilation_w / g.stride_w;
     }
   }
-  // Copies output row oh unless its slot holds it.
-  void keep(const Pool2dGeometry& g, int64_t oh, const scalar_t* grad_output,
-            const cell_t* chosen) const {
-    const int64_t slot = oh % slots, at = slot * width + margin;
-    if (held[slot] == oh) return;
+  // Where in `grads` and `cells` output row oh is, copied unless its slot holds it.
+  int64_t keep(const Pool2dGeometry& g, int64_t oh, const scalar_t* grad_output,
+               const cell_t* chosen) const {
+    const int64_t slot = oh - quotient(oh, slots) * slots, at = slot * width + margin;
+    if (held[slot] == oh) return at;
     held[slot] = oh;
     for (int64_t ow = 0; ow < g.OW; ++ow)
       grads[at + ow] = static_cast<value_t>(grad_output[oh * g.OW + ow]);
     for (int64_t ow = 0; ow < g.OW; ++ow)
       cells[at + ow] = static_cast<id_t>(chosen[oh * g.OW + ow]);
+    return at;
   }
   static int64_t bytes(const Pool2dGeometry& g) {
     const ScatterWorkspace none(g, PhasedRows(horizontal(g)), nullptr);
@@ -173,6 +126,53 @@ struct ScatterWorkspace {
   }
   static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
 };
+
+// The windows of one output row, of which the kernel rows of `r` lie in the image. `room`: elements
+// from the row's first one on that may be written.
+template <class scalar_t, class cell_t>
+void phased_windows(const Pool2dGeometry& g, const Workspace<scalar_t, cell_t>& work, Range r,
+                    scalar_t* output, cell_t* cells, int64_t room) {
+  using value_t = work_t<scalar_t, cell_t>;
+  using id_t = UnsignedOf<value_t>;
+  constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
+  const id_t base = static_cast<id_t>(g.cell_number(r.begin, 0));
+  for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
+    Windows<scalar_t, cell_t, blocks> windows;
+    for (int64_t b = 0; b < blocks; ++b)
+      windows.cell[b] = load<id_t, lanes>(work.first + ow + b * lanes) + base;
+    for (int64_t i = r.begin; i < r.end; ++i) {
+      const value_t* values = work.window[i] + ow;
+      for (int64_t s = 0; s < g.kernel_w; ++s)
+        windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(g.cell_number(i, s)));
+    }
+    windows.store(output + ow, cells == nullptr ? nullptr : cells + ow, room - ow);
+  });
+}
+
+// Gathers one input row, still split into phases, from the `count` output rows that hold it.
+template <class scalar_t, class cell_t>
+void sum_phased_row(const Pool2dGeometry& g, const PhasedRows& phased,
+                    const ScatterWorkspace<scalar_t, cell_t>& work, int64_t count) {
+  using value_t = work_t<scalar_t, cell_t>;
+  using id_t = UnsignedOf<value_t>;
+  constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
+  for (int64_t phase = 0; phase < phased.phases(); ++phase) {
+    for (int64_t x = 0; x < phased.width(); x += lanes) {
+      Vector<value_t, lanes> sum = {};
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t s = 0; s < g.kernel_w; ++s) {
+          if (work.phase[s] != phase) continue;
+          const int64_t at = work.windows[2 * i] + x - work.shift[s];
+          const auto grad = load<value_t, lanes>(work.grads + at);
+          const auto chosen = load<id_t, lanes>(work.cells + at);
+          const auto mine = chosen == static_cast<id_t>(work.windows[2 * i + 1] + s);
+          sum += mine ? grad : Vector<value_t, lanes>{};
+        }
+      }
+      store_part<lanes>(sum, work.row + phase * phased.stored_width() + x, lanes);
+    }
+  }
+}
 
 // sum += the gradients of the windows that chose cell `id`; `count` of them are there, any number
 // where there is more than one block.
@@ -210,38 +210,28 @@ int64_t max_pool2d_scratch(const Pool2dGeometry& g) {
 template <int capability, class scalar_t, class cell_t>
 void max_pool2d_rows(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int64_t oh1,
                      const scalar_t* input, scalar_t* output, cell_t* cells, void* scratch) {
-  using value_t = work_t<scalar_t, cell_t>;
-  using id_t = UnsignedOf<value_t>;
-  constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
+#if DLOPS_CAPABILITY == 2
+  if constexpr (std::is_same_v<cell_t, uint8_t> && !std::is_integral_v<scalar_t>) {
+    if (masked_rows(g)) {
+      const auto rows =
+          g.stride_w == 1 ? max_pool2d_masked<1, scalar_t> : max_pool2d_masked<2, scalar_t>;
+      return rows(g, planes, oh0, oh1, input, output, cells);
+    }
+  }
+#endif
   const PhasedRows phased(horizontal(g));
   const Workspace<scalar_t, cell_t> work(g, phased, scratch);
   work.prepare(g, phased);
-  const int64_t end = ((planes - 1) * g.OH + oh1) * g.OW;
-  for (int64_t row = oh0; row < (planes - 1) * g.OH + oh1; ++row) {
-    const int64_t plane = row / g.OH, oh = row % g.OH;
-    if (oh == oh0) std::fill_n(work.held, work.slots, int64_t(-1));
-    const Range r = rows_inside(g, oh);
-    for (int64_t i = r.begin; i < r.end; ++i) {
-      const int64_t ih = g.input_row(oh, i), slot = ih % work.slots;
-      value_t* values = work.rows + slot * phased.size();
-      if (work.held[slot] != ih) phased.split(input + (plane * g.H + ih) * g.W, values);
-      work.held[slot] = ih;
-      work.window[i] = values;
-    }
-    const id_t base = static_cast<id_t>(g.cell_number(r.begin, 0));
-    for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
-      Windows<scalar_t, cell_t, blocks> windows;
-      for (int64_t b = 0; b < blocks; ++b)
-        windows.cell[b] = load<id_t, lanes>(work.first + ow + b * lanes) + base;
-      for (int64_t i = r.begin; i < r.end; ++i) {
-        const value_t* values = work.window[i] + ow;
-        for (int64_t s = 0; s < g.kernel_w; ++s)
-          windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(g.cell_number(i, s)));
-      }
+  for (int64_t p = 0; p < planes; ++p) {
+    std::fill_n(work.held, work.slots, int64_t(-1));
+    for (int64_t oh = oh0; oh < oh1; ++oh) {
+      const Range r = rows_inside(g, oh);
+      for (int64_t i = r.begin; i < r.end; ++i)
+        work.window[i] = work.keep(g, phased, g.input_row(oh, i), input + p * g.H * g.W);
       // Lanes past the row's end are written, too: the next row comes after.
-      const int64_t at = row * g.OW + ow;
-      windows.store(output + at, cells == nullptr ? nullptr : cells + at, end - at);
-    });
+      const int64_t row = (p * g.OH + oh) * g.OW, end = ((planes - 1) * g.OH + oh1) * g.OW;
+      phased_windows(g, work, r, output + row, cells == nullptr ? nullptr : cells + row, end - row);
+    }
   }
 }
 
@@ -249,39 +239,31 @@ template <int capability, class scalar_t, class cell_t>
 void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t planes, int64_t ih0, int64_t ih1,
                              const scalar_t* grad_output, const cell_t* cells, scalar_t* grad_input,
                              void* scratch) {
-  using value_t = work_t<scalar_t, cell_t>;
-  using id_t = UnsignedOf<value_t>;
-  constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
+#if DLOPS_CAPABILITY == 2
+  if constexpr (std::is_same_v<cell_t, uint8_t>) {
+    if (masked_rows(g)) {
+      const auto rows = g.stride_w == 1 ? max_pool2d_scatter_masked<1, scalar_t>
+                                        : max_pool2d_scatter_masked<2, scalar_t>;
+      return rows(g, planes, ih0, ih1, grad_output, cells, grad_input);
+    }
+  }
+#endif
   const PhasedRows phased(horizontal(g));
   const ScatterWorkspace<scalar_t, cell_t> work(g, phased, scratch);
   work.prepare(g);
-  for (int64_t row = ih0; row < (planes - 1) * g.H + ih1; ++row) {
-    const int64_t plane = row / g.H * g.OH * g.OW, ih = row % g.H;
-    if (ih == ih0) std::fill_n(work.held, work.slots, int64_t(-1));
-    int64_t count = 0;
-    for (Holders rows = rows_holding(g, ih); rows.valid(); rows.next()) {
-      work.keep(g, rows.output(), grad_output + plane, cells + plane);
-      work.windows[2 * count] = rows.output() % work.slots * work.width + work.margin;
-      work.windows[2 * count + 1] = g.cell_number(rows.offset(), 0);
-      ++count;
-    }
-    for (int64_t phase = 0; phase < phased.phases(); ++phase) {
-      for (int64_t x = 0; x < phased.width(); x += lanes) {
-        Vector<value_t, lanes> sum = {};
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t s = 0; s < g.kernel_w; ++s) {
-            if (work.phase[s] != phase) continue;
-            const int64_t at = work.windows[2 * i] + x - work.shift[s];
-            const auto grad = load<value_t, lanes>(work.grads + at);
-            const auto chosen = load<id_t, lanes>(work.cells + at);
-            const auto mine = chosen == static_cast<id_t>(work.windows[2 * i + 1] + s);
-            sum += mine ? grad : Vector<value_t, lanes>{};
-          }
-        }
-        store_part<lanes>(sum, work.row + phase * phased.stored_width() + x, lanes);
+  for (int64_t p = 0; p < planes; ++p) {
+    const int64_t plane = p * g.OH * g.OW;
+    std::fill_n(work.held, work.slots, int64_t(-1));
+    for (int64_t ih = ih0; ih < ih1; ++ih) {
+      int64_t count = 0;
+      for (Holders rows = rows_holding(g, ih); rows.valid(); rows.next()) {
+        work.windows[2 * count] = work.keep(g, rows.output(), grad_output + plane, cells + plane);
+        work.windows[2 * count + 1] = g.cell_number(rows.offset(), 0);
+        ++count;
       }
+      sum_phased_row(g, phased, work, count);
+      phased.join(work.row, scalar_t(0), grad_input + (p * g.H + ih) * g.W);
     }
-    phased.join(work.row, scalar_t(0), grad_input + row * g.W);
   }
 }
 
@@ -291,22 +273,25 @@ void max_pool2d_rows_last(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, con
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  for (int64_t p = oh0 * g.OW; p < oh1 * g.OW; ++p) {
-    const int64_t oh = p / g.OW, ow = p % g.OW;
-    const Range r = rows_inside(g, oh), s = columns_inside(g, ow);
-    const id_t first = static_cast<id_t>(g.cell_number(r.begin, s.begin));
-    for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
-      Windows<scalar_t, cell_t, blocks> windows;
-      for (auto& cell : windows.cell) cell = fill<id_t, lanes>(first);
-      for (int64_t i = r.begin; i < r.end; ++i) {
-        for (int64_t j = s.begin; j < s.end; ++j) {
-          const int64_t at = (g.input_row(oh, i) * g.W + g.input_col(ow, j)) * g.C + c;
-          windows.visit(input + at, g.C - c, static_cast<id_t>(g.cell_number(i, j)));
+  for (int64_t oh = oh0; oh < oh1; ++oh) {
+    const Range r = rows_inside(g, oh);
+    for (int64_t ow = 0; ow < g.OW; ++ow) {
+      const int64_t p = oh * g.OW + ow;
+      const Range s = columns_inside(g, ow);
+      const id_t first = static_cast<id_t>(g.cell_number(r.begin, s.begin));
+      for_each_block<lanes>(g.C, [&](int64_t c, auto blocks) {
+        Windows<scalar_t, cell_t, blocks> windows;
+        for (auto& cell : windows.cell) cell = fill<id_t, lanes>(first);
+        for (int64_t i = r.begin; i < r.end; ++i) {
+          for (int64_t j = s.begin; j < s.end; ++j) {
+            const int64_t at = (g.input_row(oh, i) * g.W + g.input_col(ow, j)) * g.C + c;
+            windows.visit(input + at, g.C - c, static_cast<id_t>(g.cell_number(i, j)));
+          }
         }
-      }
-      windows.store(output + p * g.C + c, cells == nullptr ? nullptr : cells + p * g.C + c,
-                    g.C - c);
-    });
+        windows.store(output + p * g.C + c, cells == nullptr ? nullptr : cells + p * g.C + c,
+                      g.C - c);
+      });
+    }
   }
 }
 

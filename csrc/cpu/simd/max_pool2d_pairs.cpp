@@ -34,6 +34,14 @@ int64_t corner(const Pool2dGeometry& g, int64_t oh, int64_t ow, int64_t channels
   return (2 * oh * g.W + 2 * ow) * channels;
 }
 
+// Calls f(plane, row, place of the row among those of all planes) for `begin` to `end` in each of
+// `planes`, of which all rows are asked for where there are several.
+template <class F>
+void for_each_row(int64_t planes, int64_t rows, int64_t begin, int64_t end, const F& f) {
+  for (int64_t plane = 0; plane < planes; ++plane)
+    for (int64_t row = begin; row < end; ++row) f(plane, row, plane * rows + row);
+}
+
 }  // namespace
 
 // In both, lanes past a row's end are read and written where there is something: the next row comes
@@ -42,9 +50,9 @@ template <int capability, class scalar_t>
 void max_pool2d_pairs(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int64_t oh1,
                       const scalar_t* input, scalar_t* output, uint8_t* cells) {
   using P = Pairs<scalar_t>;
-  const int64_t rows = (planes - 1) * g.OH + oh1, end = rows * g.OW, input_end = planes * g.H * g.W;
-  for (int64_t row = oh0; row < rows; ++row) {
-    const scalar_t* first = input + (row / g.OH * g.H + row % g.OH * 2) * g.W;
+  const int64_t end = ((planes - 1) * g.OH + oh1) * g.OW, input_end = planes * g.H * g.W;
+  for_each_row(planes, g.OH, oh0, oh1, [&](int64_t plane, int64_t oh, int64_t row) {
+    const scalar_t* first = input + (plane * g.H + 2 * oh) * g.W;
     for (int64_t ow = 0; ow < g.OW; ow += P::lanes) {
       Windows<scalar_t, uint8_t, 1> windows;
       windows.cell[0] = typename P::Ids{};
@@ -53,14 +61,14 @@ void max_pool2d_pairs(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int6
         const auto [left, right] =
             load_two<typename P::value_t, P::lanes>(from, input_end - (from - input));
         windows.visit(0, every_second<0, typename P::value_t, P::lanes>(left, right),
-                      static_cast<typename P::id_t>(2 * r));
+                      fill<typename P::id_t, P::lanes>(static_cast<typename P::id_t>(2 * r)));
         windows.visit(0, every_second<1, typename P::value_t, P::lanes>(left, right),
-                      static_cast<typename P::id_t>(2 * r + 1));
+                      fill<typename P::id_t, P::lanes>(static_cast<typename P::id_t>(2 * r + 1)));
       }
       const int64_t at = row * g.OW + ow;
       windows.store(output + at, cells == nullptr ? nullptr : cells + at, end - at);
     }
-  }
+  });
 }
 
 template <int capability, class scalar_t>
@@ -69,14 +77,13 @@ void max_pool2d_scatter_pairs(const Pool2dGeometry& g, int64_t planes, int64_t i
                               scalar_t* grad_input) {
   using P = Pairs<scalar_t>;
   using T = typename P::value_t;
-  const int64_t rows = (planes - 1) * g.H + ih1, end = rows * g.W,
-                output_end = planes * g.OH * g.OW;
-  for (int64_t row = ih0; row < rows; ++row) {
-    const int64_t ih = row % g.H, oh = ih / 2, reached = oh < g.OH ? 2 * g.OW : 0;
+  const int64_t end = ((planes - 1) * g.H + ih1) * g.W, output_end = planes * g.OH * g.OW;
+  for_each_row(planes, g.H, ih0, ih1, [&](int64_t plane, int64_t ih, int64_t row) {
+    const int64_t oh = ih / 2, reached = oh < g.OH ? 2 * g.OW : 0;
     const auto first = static_cast<typename P::id_t>(ih % 2 * 2);
     scalar_t* to = grad_input + row * g.W;
     for (int64_t ow = 0; 2 * ow < reached; ow += P::lanes) {
-      const int64_t from = (row / g.H * g.OH + oh) * g.OW + ow, left = output_end - from;
+      const int64_t from = (plane * g.OH + oh) * g.OW + ow, left = output_end - from;
       const auto grad = load_part<T, P::lanes>(grad_output + from, left);
       const auto cell = load_part<typename P::id_t, P::lanes>(cells + from, left) - first;
       const auto even = cell == 0 ? grad : typename P::Values{};
@@ -87,8 +94,8 @@ void max_pool2d_scatter_pairs(const Pool2dGeometry& g, int64_t planes, int64_t i
         store_part<P::lanes>(in_turn<1, T, P::lanes>(even, odd), to + 2 * ow + P::lanes,
                              room - P::lanes);
     }
-    std::fill(to + reached, to + g.W, scalar_t(0));
-  }
+    for (int64_t iw = reached; iw < g.W; ++iw) to[iw] = scalar_t(0);
+  });
 }
 
 template <int capability, class scalar_t>

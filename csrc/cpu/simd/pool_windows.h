@@ -44,16 +44,28 @@ struct Windows {
   // `count` values are there; any number where there is more than one block.
   template <class from_t>
   void visit(const from_t* values, int64_t count, id_t id) {
+    const Vector<id_t, lanes> ids = fill<id_t, lanes>(id);
     for (int64_t b = 0; b < blocks; ++b)
       visit(b,
             blocks > 1 ? load<value_t, lanes>(values + b * lanes)
                        : load_part<value_t, lanes>(values, count),
-            id);
+            ids);
   }
-  void visit(int64_t b, Vector<value_t, lanes> value, id_t id) {
+  void visit(int64_t b, Vector<value_t, lanes> value, Vector<id_t, lanes> id) {
+#if DLOPS_CAPABILITY == 2
+    if constexpr (std::is_same_v<value_t, float>) {
+      // GCC inverts the mask before it chooses by it.
+      const __mmask16 takes =
+          static_cast<__mmask16>(_mm512_cmp_ps_mask(value, best[b], _CMP_GT_OQ) |
+                                 _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q));
+      best[b] = _mm512_mask_mov_ps(best[b], takes, value);
+      cell[b] = (Vector<id_t, lanes>)_mm512_mask_mov_epi32((__m512i)cell[b], takes, (__m512i)id);
+      return;
+    }
+#endif
     const auto takes = (value > best[b]) | (value != value);
     best[b] = takes ? value : best[b];
-    cell[b] = takes ? fill<id_t, lanes>(id) : cell[b];
+    cell[b] = takes ? id : cell[b];
   }
   void store(scalar_t* output, cell_t* cells, int64_t count) const {
     for (int64_t b = 0; b < blocks; ++b) {
