@@ -112,6 +112,8 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
              const at::Tensor& bias, const at::Tensor& output) {
   using sum_t = at::opmath_type<scalar_t>;
   const Panels<scalar_t, last> panels{g};
+  // The product writes the outputs of one image where they belong.
+  constexpr bool in_place = !last && panels.same_type && std::is_floating_point_v<scalar_t>;
   const int64_t Og = g.outputs_per_group(), cells = g.R * g.S;
   const PixelBlocks pixels(g, pixels_per_panel(g));
   const ChannelBlocks channels(g.channels_per_group(), cells, kPanelElements / kMinPixels);
@@ -142,6 +144,17 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
       const Interval q = pixels[task / splits % pixels.count()];
       const Interval o{split * outputs, std::min(Og, (split + 1) * outputs)};
       const int64_t P = q.end - q.begin, outs = o.end - o.begin;
+      sum_t* to = out;
+      int64_t ld = last ? outs : P;
+      const sum_t* added = nullptr;
+      if constexpr (in_place) {
+        if (panels.one_image(q)) {
+          const int64_t first = group * Og + o.begin, plane = g.output_pixels();
+          to = output_data + (q.begin / plane * g.O + first) * plane + q.begin % plane;
+          ld = plane;
+          if (bias_data != nullptr) added = bias_data + first;
+        }
+      }
       for (int64_t i = 0; i < channels.count(); ++i) {
         const Interval c = channels[i];
         const int64_t K = (c.end - c.begin) * cells;
@@ -152,10 +165,11 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
         } else {
           const sum_t* w = weights[0].template const_data_ptr<sum_t>() +
                            (group * Og + o.begin) * g.column_rows() + c.begin * cells;
-          matmul(outs, P, K, w, g.column_rows(), columns.data, columns.ld, out, P, i > 0);
+          matmul(outs, P, K, w, g.column_rows(), columns.data, columns.ld, to, ld, i > 0,
+                 i + 1 < channels.count() ? nullptr : added);
         }
       }
-      panels.store({out, last ? outs : P}, bias_data, group, o, q, output_data);
+      if (to == out) panels.store({out, ld}, bias_data, group, o, q, output_data);
     }
   });
 }

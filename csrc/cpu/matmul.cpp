@@ -27,12 +27,13 @@ at::Tensor matrix(const scalar_t* data, int64_t rows, int64_t cols, int64_t ld) 
 
 template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
-            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate) {
+            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate, const scalar_t* bias) {
   if constexpr (std::is_floating_point_v<scalar_t>) {
     const Factors<scalar_t> factors{a, b};
     DLOPS_SIMD(matmul_in_order, scalar_t)
-    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb, .padded = false}, c, ldc, accumulate);
+    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb, .padded = false}, c, ldc, accumulate, bias);
   } else {
+    TORCH_INTERNAL_ASSERT(bias == nullptr);
     at::AutoDispatchBelowAutograd below_autograd;
     at::Tensor product = matrix(c, m, n, ldc);
     if (accumulate) {
@@ -57,7 +58,7 @@ void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factor
                        const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate) {
   if constexpr (std::is_same_v<T, sum_t>) {
     DLOPS_SIMD(matmul_in_order, T)
-    (m, n, k, factors, count, strides, c, ldc, accumulate);
+    (m, n, k, factors, count, strides, c, ldc, accumulate, nullptr);
   } else {
 #if defined(__x86_64__)
     matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, accumulate);
@@ -77,7 +78,8 @@ DLOPS_INSTANTIATE_FACTORS(c10::BFloat16, float)
 
 #define DLOPS_INSTANTIATE(scalar_t)                                                   \
   template void matmul<scalar_t>(int64_t, int64_t, int64_t, const scalar_t*, int64_t, \
-                                 const scalar_t*, int64_t, scalar_t*, int64_t, bool);
+                                 const scalar_t*, int64_t, scalar_t*, int64_t, bool,  \
+                                 const scalar_t*);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)

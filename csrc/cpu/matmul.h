@@ -12,10 +12,12 @@ namespace dlops::cpu {
 // A may overlap (lda < k), and so may those of B (ldb < n). It sums 256 terms at a time and then
 // adds what was there, which keeps rounding errors near those of native, and it sums an element
 // alike wherever it stands in a matrix of any size, which BLAS does not: an image's result must not
-// depend on its neighbours in a panel. Complex numbers and integers go through at::mm.
+// depend on its neighbours in a panel. Complex numbers and integers go through at::mm. `bias`,
+// where not null, has an element for each row of C, which is added last; floating-point products
+// only.
 template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
-            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate);
+            int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate, const scalar_t* bias = nullptr);
 
 // Whether the machine multiplies bfloat16 numbers, with sums in float32.
 bool multiplies_bfloat16();

@@ -76,6 +76,7 @@ struct Tile {
   sum_t* c;
   int64_t ldc;
   bool accumulate;
+  const sum_t* bias;  // of the rows, or null
 };
 
 // How A lies: its rows or its columns are dense, or neither. With all strides in variables, the
@@ -114,18 +115,20 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) store(sums[i][v], t.c + i * t.ldc + v * V::size(), v);
+      for (int v = 0; v < vectors; ++v) store(sums[i][v], t.c + i * t.ldc + v * V::size(), i, v);
   };
   const int64_t tail = t.width - (vectors - 1) * V::size();
-  if (tail < V::size()) {
-    finish([&](const V& sum, sum_t* to, int v) {
+  if (tail < V::size() || t.bias != nullptr) {
+    finish([&](V sum, sum_t* to, int i, int v) {
       const int64_t count = v + 1 < vectors ? V::size() : tail;
-      (t.accumulate ? V::loadu(to, count) + sum : sum).store(to, static_cast<int>(count));
+      if (t.accumulate) sum = V::loadu(to, count) + sum;
+      if (t.bias != nullptr) sum = sum + V(t.bias[i]);
+      sum.store(to, static_cast<int>(count));
     });
   } else if (t.accumulate) {
-    finish([](const V& sum, sum_t* to, int) { (V::loadu(to) + sum).store(to); });
+    finish([](const V& sum, sum_t* to, int, int) { (V::loadu(to) + sum).store(to); });
   } else {
-    finish([](const V& sum, sum_t* to, int) { sum.store(to); });
+    finish([](const V& sum, sum_t* to, int, int) { sum.store(to); });
   }
 }
 
@@ -193,6 +196,7 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
     for (int64_t i = 0; i < m; i += rows) {
       part.a = shift + i * t.lda + k0 * t.step;
       part.c = c + i * t.ldc + j;
+      if (t.bias != nullptr) part.bias = t.bias + i;
       multiply_of(part, std::min(rows, m - i), vectors)(part);
     }
   }
@@ -202,14 +206,14 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
              const FactorStrides& strides, typename Operand<T>::sum_t* c, int64_t ldc,
-             bool accumulate, T* packed) {
+             bool accumulate, const typename Operand<T>::sum_t* bias, T* packed) {
   // As many factors at a time as have kTerms terms. One round at least, so that an empty sum is
   // written too.
   const int64_t together =
       packed == nullptr ? std::max<int64_t>(1, kTerms / std::max<int64_t>(1, k)) : 1;
   for (int64_t f = 0; f == 0 || f < count; f += together) {
     for (int64_t k0 = 0; k0 == 0 || k0 < k; k0 += kTerms) {
-      const bool first = f == 0 && k0 == 0;
+      const bool first = f == 0 && k0 == 0, last = f + together >= count && k0 + kTerms >= k;
       add_terms(m, n, k0,
                 Tile<T>{.width = 0,
                         .terms = std::min(kTerms, k - k0),
@@ -222,7 +226,8 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
                         .ldb = strides.ldb,
                         .c = nullptr,
                         .ldc = ldc,
-                        .accumulate = accumulate || !first},
+                        .accumulate = accumulate || !first,
+                        .bias = last ? bias : nullptr},
                 strides.shift, c, packed);
     }
   }
@@ -232,24 +237,25 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
 
 template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                     const FactorStrides& strides, T* c, int64_t ldc, bool accumulate) {
+                     const FactorStrides& strides, T* c, int64_t ldc, bool accumulate,
+                     const T* bias) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
   const bool whole = strides.padded || n % Vec<T>::size() == 0;  // vectors of B are
-  product(m, n, k, factors, count, strides, c, ldc, accumulate, whole ? nullptr : packed);
+  product(m, n, k, factors, count, strides, c, ldc, accumulate, bias, whole ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                      bool accumulate) {
-  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, accumulate, nullptr);
+  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, accumulate, nullptr, nullptr);
 }
 #endif
 
 #define DLOPS_INSTANTIATE(T)                                                                       \
   template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const Factors<T>*, \
                                                      int64_t, const FactorStrides&, T*, int64_t,   \
-                                                     bool);
+                                                     bool, const T*);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
