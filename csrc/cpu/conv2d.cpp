@@ -306,7 +306,11 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
       planes_grad_input(g, dense, dense_weight(weight), result)) {
     return result.contiguous(format);
   }
-  if (takes_strips(g, grad_output.scalar_type(), computed)) {
+  // A few channels alone are too few columns of a product.
+  const bool by_cells = has_few_channels(g) &&
+                        (computed == at::MemoryFormat::Contiguous || g.channels_per_group() <= 4) &&
+                        sum_type(grad_output.scalar_type()) == grad_output.scalar_type();
+  if (takes_strips(g, grad_output.scalar_type(), computed) && !by_cells) {
     strips_grad_input(g, dense, weight, result, computed);
     return result.contiguous(format);
   }
