@@ -156,13 +156,16 @@ def test_special_values(case: MaxPool2dCase, fill: str, dtype: torch.dtype) -> N
 
 
 def check_bits(case: MaxPool2dCase, input: Tensor) -> None:
-    """Values, indices and gradients, bit for bit."""
+    """Values, indices and gradients, bit for bit. Where windows overlap, every gradient is 1 or -1
+    before it is summed: their sums are exact."""
     check_values_and_indices(case, input)
     results = []
     for pool in both(case):
         leaf = input.detach().requires_grad_()
         output = pool(leaf)
         grad_output = normal(output.shape, 1).to(output)
+        if case.stride not in (None, case.kernel_size):
+            grad_output = grad_output.sign()
         results.append(torch.autograd.grad(output, leaf, grad_output)[0])
     torch.testing.assert_close(*results, rtol=0, atol=0)
     check_same_layout(*results, "gradient")
@@ -186,6 +189,28 @@ def test_windows_side_by_side(planes: tuple[int, int], layout: str, dtype: torch
 
 
 @pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("stride", [1, 2])
+@parametrize("kernel_size, padding", [(2, 1), (3, 0), (3, 1), ((2, 5), (0, 2)), ((3, 16), (1, 8))])
+def test_rows_of_several_vectors(
+    kernel_size: int | tuple[int, int],
+    padding: int | tuple[int, int],
+    stride: int,
+    dtype: torch.dtype,
+) -> None:
+    """Vectors of windows at either end of a row, between them, and at both ends at once; planes
+    in pairs and alone."""
+    for planes, width in [((1, 1), 16), ((2, 1), 31), ((1, 3), 57), ((1, 2), 90), ((65, 1), 133)]:
+        values = normal((*planes, 11, width), width)
+        ties = values.round()
+        nans = values.masked_fill(values > 1.5, NAN).masked_fill(values < -1, -INF)
+        for ceil_mode in (False, True):
+            case = MaxPool2dCase("rows", values.shape, kernel_size, stride, padding, 1, ceil_mode)
+            for x in (values, ties, nans):
+                check_bits(case, x.to(dtype))
+
+
+@pytest.mark.exact
 @parametrize("layout", ["contiguous", "channels_last"])
 def test_gradients_of_fewer_windows_than_fit(layout: str) -> None:
     """The raw operator takes them: what no window reaches has no gradient."""
@@ -199,12 +224,15 @@ def test_gradients_of_fewer_windows_than_fit(layout: str) -> None:
 
 @pytest.mark.exact
 @parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
-@parametrize("kernel_size, stride", [(2, 2), (3, 3)])
-def test_gradients_past_the_caches(kernel_size: int, stride: int, dtype: torch.dtype) -> None:
+@parametrize("kernel_size, stride", [(2, 2), (3, 2), (3, 3)])
+@parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_past_the_caches(
+    layout: str, kernel_size: int, stride: int, dtype: torch.dtype
+) -> None:
     """More than 64 MiB of them, which are written past the caches."""
     channels = 64 * 4 // dtype.itemsize
     case = MaxPool2dCase("large", (1, channels, 513, 520), kernel_size, stride)
-    x = small_integers(case.input).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = LAYOUTS[layout](small_integers(case.input).to(dtype))
     assert x.nbytes > 64 << 20
     check_bits(case, x)
 
