@@ -243,12 +243,14 @@ class PlanesByPairs {
       const int64_t shift = together ? 0 : offset(unit, i);
       for (int64_t c = 0; c < left.rows; c += kBlock) {
         const Factors<BFloat16>* images = factors.data();
-        for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images)
+        for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images) {
+          float* to = sums_.at(chunk, group, i, c, block);
           matmul_of_factors(
               std::min(kBlock, left.rows - c), sums_.width(block), unit.pairs * 2, images,
               unit.images,
-              {.lda = left.ld, .ldb = sums_.width(block), .shift = shift + c * left.ld},
-              sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
+              {.lda = left.ld, .ldb = sums_.width(block), .shift = shift + c * left.ld}, to,
+              sums_.ld(), first ? Addend<float>{} : Addend<float>{to, sums_.ld()});
+        }
       }
     }
   }
@@ -364,11 +366,13 @@ class ImagesByPairs {
       for (int64_t block = blocks.begin; block < blocks.end; ++block) {
         const std::vector<Factors<BFloat16>> met =
             meetings(sums_.cell(i), input, pairs + (block - blocks.begin) * block_size());
-        for (int64_t c = 0; c < channels(); c += kBlock)
+        for (int64_t c = 0; c < channels(); c += kBlock) {
+          float* to = sums_.at(chunk, group, i, c, block);
           matmul_of_factors(std::min(kBlock, channels() - c), sums_.width(block), depth_,
                             met.data(), static_cast<int64_t>(met.size()),
-                            {.lda = channel, .ldb = kBlock, .shift = c * channel},
-                            sums_.at(chunk, group, i, c, block), sums_.ld(), !first);
+                            {.lda = channel, .ldb = kBlock, .shift = c * channel}, to, sums_.ld(),
+                            first ? Addend<float>{} : Addend<float>{to, sums_.ld()});
+        }
       }
     }
   }

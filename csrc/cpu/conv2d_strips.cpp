@@ -29,15 +29,16 @@ struct Strides {
   int64_t image, row, pixel;
 };
 
-// c[n, y, x, :] += a[n, y, x, :] b for a block of pixels and the sum over some factors, one product
-// along a side of the block.
+// c[n, y, x, :] = before + a[n, y, x, :] b for a block of pixels and the sum over some factors, one
+// product along a side of the block. Before is c itself or, where `fresh`, the bias or nothing.
 template <class operand_t, class sum_t>
 void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
               const std::vector<Factors<operand_t>>& factors, Strides sa, int64_t ldb, sum_t* c,
-              Strides sc) {
+              Strides sc, bool fresh, const sum_t* bias) {
   const auto add = [&](int64_t m, int64_t shift, int64_t lda, sum_t* to, int64_t ldc) {
     matmul_of_factors(m, width, depth, factors.data(), static_cast<int64_t>(factors.size()),
-                      {.lda = lda, .ldb = ldb, .shift = shift}, to, ldc, true);
+                      {.lda = lda, .ldb = ldb, .shift = shift}, to, ldc,
+                      fresh ? Addend<sum_t>{bias, 0} : Addend<sum_t>{to, ldc});
   };
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
   if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);
@@ -106,6 +107,23 @@ struct Cut {
   }
 };
 
+// Whether each output pixel of a phase is in the first product of one band and one segment: that
+// one writes it, and nothing needs to be there before.
+bool writes_all(const Phase& phase) {
+  int64_t column = 0;
+  for (const Segment& segment : phase.segments) {
+    if (segment.outputs.begin != column) return false;
+    column = segment.outputs.end;
+  }
+  const auto met = [&](const Interval& band) {
+    for (int64_t i = 0; i < phase.rows.taps(); ++i)
+      if (length(intersect(band, phase.rows.inside(i))) > 0) return true;
+    return false;
+  };
+  const std::vector<Interval> all = bands(phase.rows, {0, phase.rows.outputs});
+  return column == phase.cols.outputs && std::all_of(all.begin(), all.end(), met);
+}
+
 template <class scalar_t, class operand_t>
 class Strips {
   using sum_t = at::opmath_type<scalar_t>;
@@ -121,7 +139,8 @@ class Strips {
         weights_(k_, weight),
         bias_(bias),
         result_(result),
-        cut_(k_, kLeaves ? 16 : 8) {  // low precision takes copies of them
+        cut_(k_, kLeaves ? 16 : 8),  // low precision takes copies of them
+        fresh_(std::all_of(k_.phases.begin(), k_.phases.end(), writes_all)) {
     if (!k_.unfolded.empty())
       unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1], k_.pad);
   }
@@ -247,7 +266,8 @@ class Strips {
         strides = {k_.H_out * row, row, channels};
       }
     }
-    begin(task, bias_ == nullptr ? nullptr : bias_ + o0, width, to, strides);
+    const sum_t* bias = bias_ == nullptr ? nullptr : bias_ + o0;
+    if (!fresh_) begin(task, bias, width, to, strides);
     const operand_t* weights = weights_.block(task.group, block);
     for (const Phase& phase : k_.phases) {
       const Interval y = phase_rows(phase, task.rows);
@@ -255,14 +275,14 @@ class Strips {
           to + (phase.row0 - task.rows.begin) * strides.row + phase.col0 * strides.pixel;
       const Strides steps{strides.image, strides.row * k_.row_step, strides.pixel * k_.col_step};
       for (const Interval& band : bands(phase.rows, y))
-        add_band(task, phase, band, weights, width, corner, steps);
+        add_band(task, phase, band, weights, bias, width, corner, steps);
     }
     if (!writes_in_place()) store(task, o0, width, to);
   }
 
   // Adds up the kernel rows that meet a band of outputs.
   void add_band(const Task& task, const Phase& phase, Interval band, const operand_t* weights,
-                int64_t width, sum_t* to, Strides strides) const {
+                const sum_t* bias, int64_t width, sum_t* to, Strides strides) const {
     const Strides& from = task.strides;
     const TapAxis& rows = phase.rows;
     for (const Segment& segment : phase.segments) {
@@ -270,12 +290,14 @@ class Strips {
       const int64_t col = x * phase.cols.step + phase.cols.offset(j);
       const int64_t depth = length(segment.taps) * k_.depth();
       std::vector<Factors<operand_t>> factors;
+      bool fresh = fresh_;
       const auto flush = [&] {
         if (factors.empty()) return;
         multiply(length(task.images), length(band), length(segment.outputs), depth, width, factors,
                  {from.image, from.row * rows.step, from.pixel * phase.cols.step}, k_.block(),
-                 to + band.begin * strides.row + x * strides.pixel, strides);
+                 to + band.begin * strides.row + x * strides.pixel, strides, fresh, bias);
         factors.clear();
+        fresh = false;
       };
       for (int64_t i = 0; i < rows.taps(); ++i) {
         const Interval inside = rows.inside(i);
@@ -329,6 +351,7 @@ class Strips {
   const sum_t* bias_;
   scalar_t* result_;
   const Cut cut_;
+  const bool fresh_;
   std::optional<Unfolder<scalar_t, operand_t>> unfolder_;
 };
 

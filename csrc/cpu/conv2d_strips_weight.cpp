@@ -59,7 +59,8 @@ void add_products(int64_t m, int64_t n, Factors<T> first, int64_t lda, std::arra
     for (int64_t j = 0; j < inner.count; ++j)
       factors.push_back({first.a + i * outer.a + j * inner.a, first.b + i * outer.b + j * inner.b});
   matmul_of_factors(m, n, depth.count, factors.data(), static_cast<int64_t>(factors.size()),
-                    {.lda = lda, .ldb = depth.b, .step = depth.a, .padded = padded}, c, ldc, true);
+                    {.lda = lda, .ldb = depth.b, .step = depth.a, .padded = padded}, c, ldc,
+                    Addend<T>{c, ldc});
 }
 
 // How a batch is cut into units, each some images or some rows of one: what a product reads stays

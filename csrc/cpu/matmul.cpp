@@ -31,7 +31,8 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
   if constexpr (std::is_floating_point_v<scalar_t>) {
     const Factors<scalar_t> factors{a, b};
     DLOPS_SIMD(matmul_in_order, scalar_t)
-    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb, .padded = false}, c, ldc, accumulate, bias);
+    (m, n, k, &factors, 1, {.lda = lda, .ldb = ldb, .padded = false}, c, ldc,
+     accumulate ? Addend<scalar_t>{c, ldc} : Addend<scalar_t>{}, bias);
   } else {
     TORCH_INTERNAL_ASSERT(bias == nullptr);
     at::AutoDispatchBelowAutograd below_autograd;
@@ -55,13 +56,13 @@ bool multiplies_bfloat16() {
 
 template <class T, class sum_t>
 void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                       const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate) {
+                       const FactorStrides& strides, sum_t* c, int64_t ldc, Addend<sum_t> before) {
   if constexpr (std::is_same_v<T, sum_t>) {
     DLOPS_SIMD(matmul_in_order, T)
-    (m, n, k, factors, count, strides, c, ldc, accumulate, nullptr);
+    (m, n, k, factors, count, strides, c, ldc, before, nullptr);
   } else {
 #if defined(__x86_64__)
-    matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, accumulate);
+    matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before);
 #else
     TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine");
 #endif
@@ -70,7 +71,7 @@ void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factor
 
 #define DLOPS_INSTANTIATE_FACTORS(T, sum_t)                                                        \
   template void matmul_of_factors<T, sum_t>(int64_t, int64_t, int64_t, const Factors<T>*, int64_t, \
-                                            const FactorStrides&, sum_t*, int64_t, bool);
+                                            const FactorStrides&, sum_t*, int64_t, Addend<sum_t>);
 
 DLOPS_INSTANTIATE_FACTORS(double, double)
 DLOPS_INSTANTIATE_FACTORS(float, float)

@@ -25,12 +25,12 @@ bool multiplies_bfloat16();
 // Elements that the next product may read after the last one of B.
 constexpr int64_t kPadding = 64;
 
-// C = the sum of A B over `count` factors, or C += it. T is double, float, or on machines that
+// C = before + the sum of A B over `count` factors. T is double, float, or on machines that
 // multiply bfloat16 that: then k is even, A's step is 1, and the rows of B stand in pairs, element
 // (i, j) at b[i / 2][j][i % 2], the pairs `ldb` pairs of numbers apart. A part of B that begins at
 // an even row i begins at b + i * ldb, as in a row-major matrix.
 template <class T, class sum_t>
 void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                       const FactorStrides& strides, sum_t* c, int64_t ldc, bool accumulate);
+                       const FactorStrides& strides, sum_t* c, int64_t ldc, Addend<sum_t> before);
 
 }  // namespace dlops::cpu

@@ -75,7 +75,7 @@ struct Tile {
   int64_t lda, step, ldb;
   sum_t* c;
   int64_t ldc;
-  bool accumulate;
+  Addend<sum_t> before;
   const sum_t* bias;  // of the rows, or null
 };
 
@@ -117,16 +117,18 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) store(sums[i][v], t.c + i * t.ldc + v * V::size(), i, v);
   };
+  const auto before = [&](int i, int v) { return t.before.data + i * t.before.ld + v * V::size(); };
   const int64_t tail = t.width - (vectors - 1) * V::size();
   if (tail < V::size() || t.bias != nullptr) {
     finish([&](V sum, sum_t* to, int i, int v) {
       const int64_t count = v + 1 < vectors ? V::size() : tail;
-      if (t.accumulate) sum = V::loadu(to, count) + sum;
+      if (t.before.data != nullptr) sum = V::loadu(before(i, v), count) + sum;
       if (t.bias != nullptr) sum = sum + V(t.bias[i]);
       sum.store(to, static_cast<int>(count));
     });
-  } else if (t.accumulate) {
-    finish([](const V& sum, sum_t* to, int, int) { (V::loadu(to) + sum).store(to); });
+  } else if (t.before.data != nullptr) {
+    finish(
+        [&](const V& sum, sum_t* to, int i, int v) { (V::loadu(before(i, v)) + sum).store(to); });
   } else {
     finish([](const V& sum, sum_t* to, int, int) { sum.store(to); });
   }
@@ -196,6 +198,7 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
     for (int64_t i = 0; i < m; i += rows) {
       part.a = shift + i * t.lda + k0 * t.step;
       part.c = c + i * t.ldc + j;
+      if (t.before.data != nullptr) part.before.data = t.before.data + i * t.before.ld + j;
       if (t.bias != nullptr) part.bias = t.bias + i;
       multiply_of(part, std::min(rows, m - i), vectors)(part);
     }
@@ -206,7 +209,8 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
              const FactorStrides& strides, typename Operand<T>::sum_t* c, int64_t ldc,
-             bool accumulate, const typename Operand<T>::sum_t* bias, T* packed) {
+             Addend<typename Operand<T>::sum_t> before, const typename Operand<T>::sum_t* bias,
+             T* packed) {
   // As many factors at a time as have kTerms terms. One round at least, so that an empty sum is
   // written too.
   const int64_t together =
@@ -226,7 +230,7 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
                         .ldb = strides.ldb,
                         .c = nullptr,
                         .ldc = ldc,
-                        .accumulate = accumulate || !first,
+                        .before = first ? before : Addend<typename Operand<T>::sum_t>{c, ldc},
                         .bias = last ? bias : nullptr},
                 strides.shift, c, packed);
     }
@@ -237,25 +241,25 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
 
 template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                     const FactorStrides& strides, T* c, int64_t ldc, bool accumulate,
+                     const FactorStrides& strides, T* c, int64_t ldc, Addend<T> before,
                      const T* bias) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
   const bool whole = strides.padded || n % Vec<T>::size() == 0;  // vectors of B are
-  product(m, n, k, factors, count, strides, c, ldc, accumulate, bias, whole ? nullptr : packed);
+  product(m, n, k, factors, count, strides, c, ldc, before, bias, whole ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
-                     bool accumulate) {
-  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, accumulate, nullptr, nullptr);
+                     Addend<float> before) {
+  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, before, nullptr, nullptr);
 }
 #endif
 
 #define DLOPS_INSTANTIATE(T)                                                                       \
   template void matmul_in_order<DLOPS_CAPABILITY, T>(int64_t, int64_t, int64_t, const Factors<T>*, \
                                                      int64_t, const FactorStrides&, T*, int64_t,   \
-                                                     bool, const T*);
+                                                     Addend<T>, const T*);
 
 DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)

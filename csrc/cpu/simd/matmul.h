@@ -24,15 +24,23 @@ struct FactorStrides {
   bool padded = true;  // a vector may be read from wherever a row of B has an element
 };
 
-// C = the sum of A B over the factors, or C += it. `bias`, where not null, has an element for each
-// row of C, which is added last.
+// What a product is added to: a matrix with rows `ld` apart, which may be C itself, one row for all
+// of its rows (ld 0), or nothing.
+template <class T>
+struct Addend {
+  const T* data = nullptr;
+  int64_t ld = 0;
+};
+
+// C = before + the sum of A B over the factors. `bias`, where not null, has an element for each row
+// of C, which is added last.
 template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-                     const FactorStrides& strides, T* c, int64_t ldc, bool accumulate,
+                     const FactorStrides& strides, T* c, int64_t ldc, Addend<T> before,
                      const T* bias = nullptr);
 // The same of bfloat16, whose B are padded and in pairs, on machines with AVX512_BF16. step is 1.
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
-                     bool accumulate);
+                     Addend<float> before);
 
 }  // namespace dlops::cpu
