@@ -65,6 +65,22 @@ def test_exact_on_small_integers(case: Conv2dCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("size, padding, dilation", [(32, 6, 6), (32, 20, 20), (64, 0, 20)], ids=str)
+def test_dilations_wider_than_a_strip_of_rows(
+    size: int, padding: int, dilation: int, layout: str, dtype: torch.dtype
+) -> None:
+    """A large image is cut into strips of a few rows, which some of the taps miss altogether."""
+    case = Conv2dCase(
+        "wide", (1, 64, size, size), (64, 64, 3, 3), padding=padding, dilation=dilation
+    )
+    image, *others = case.tensors(small_integers)
+    for _ in range(4):  # two threads that write to the same rows do not always meet
+        check_exact(*both(case), [LAYOUTS[layout](image), *others], dtype)
+
+
+@pytest.mark.exact
 @parametrize("channels, groups", [(8, 8), (8, 2), (2, 1), (16, 1)], ids=str)
 @parametrize("layout", ["contiguous", "channels_last"])
 def test_bias_far_above_its_terms(layout: str, channels: int, groups: int) -> None:

@@ -64,6 +64,7 @@ std::vector<Interval> bands(const TapAxis& axis, Interval outputs) {
   std::vector<int64_t> edges{outputs.begin, outputs.end};
   for (int64_t t = 0; t < axis.taps(); ++t) {
     const Interval inside = intersect(outputs, axis.inside(t));
+    if (length(inside) == 0) continue;  // it may lie past them
     edges.push_back(inside.begin);
     edges.push_back(inside.end);
   }

@@ -13,7 +13,6 @@ inline int64_t quotient(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
 }
-inline int64_t ceil_quotient(int64_t a, int64_t b) { return quotient(a + b - 1, b); }
 
 }  // namespace
 }  // namespace dlops::cpu
