@@ -41,6 +41,15 @@ Vector<T, lanes> fill(T value) {
   return Vector<T, lanes>{} + value;
 }
 
+// The same bits as another type of the same size.
+template <class V, class R>
+V as(R bits) {
+  static_assert(sizeof(V) == sizeof(R));
+  V values;
+  std::memcpy(&values, &bits, sizeof(values));
+  return values;
+}
+
 // The elements at `from`, converted to T.
 template <class T, int64_t lanes, class from_t>
 Vector<T, lanes> load(const from_t* from) {
@@ -50,9 +59,7 @@ Vector<T, lanes> load(const from_t* from) {
         __builtin_convertvector((load<uint16_t, lanes>(reinterpret_cast<const uint16_t*>(from))),
                                 Vector<uint32_t, lanes>)
         << 16;
-    Vector<float, lanes> values;
-    std::memcpy(&values, &bits, sizeof(values));
-    return __builtin_convertvector(values, Vector<T, lanes>);
+    return __builtin_convertvector((as<Vector<float, lanes>>(bits)), Vector<T, lanes>);
   } else if constexpr (std::is_same_v<from_t, c10::Half>) {
     Vector<float, lanes> values;
     for (int64_t l = 0; l < lanes; ++l) values[l] = static_cast<float>(from[l]);
@@ -93,7 +100,7 @@ Vector<to_t, lanes> converted(V values) {
 #if DLOPS_CAPABILITY == 2
   // GCC takes bytes from their lanes one by one.
   if constexpr (std::is_same_v<to_t, uint8_t> && std::is_same_v<V, Vector<uint32_t, 16>>)
-    return (Vector<uint8_t, 16>)_mm512_cvtepi32_epi8((__m512i)values);
+    return as<Vector<uint8_t, 16>>(_mm512_cvtepi32_epi8(as<__m512i>(values)));
 #endif
   return __builtin_convertvector(values, Vector<to_t, lanes>);
 }
@@ -105,13 +112,9 @@ template <class V>
 void store_bytes(V values, void* to, int64_t bytes) {
   const uint64_t some = (uint64_t(1) << bytes) - 1;
   if constexpr (sizeof(V) == 64) {
-    __m512i bits;
-    std::memcpy(&bits, &values, sizeof(bits));
-    _mm512_mask_storeu_epi8(to, some, bits);
+    _mm512_mask_storeu_epi8(to, some, as<__m512i>(values));
   } else if constexpr (sizeof(V) == 32) {
-    __m256i bits;
-    std::memcpy(&bits, &values, sizeof(bits));
-    _mm256_mask_storeu_epi8(to, static_cast<__mmask32>(some), bits);
+    _mm256_mask_storeu_epi8(to, static_cast<__mmask32>(some), as<__m256i>(values));
   } else {
     static_assert(sizeof(V) == 16 || sizeof(V) == 8);
     __m128i bits = {};
@@ -126,8 +129,7 @@ template <int64_t lanes, class V, class to_t>
 void store_part(V values, to_t* to, int64_t count) {
   if constexpr (std::is_same_v<to_t, c10::BFloat16>) {
     const auto number = __builtin_convertvector(values, Vector<float, lanes>);
-    Vector<uint32_t, lanes> bits;
-    std::memcpy(&bits, &number, sizeof(bits));
+    auto bits = as<Vector<uint32_t, lanes>>(number);
     bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to the nearest, ties to even
     bits = number == number ? bits : fill<uint32_t, lanes>(0x7fc0);
     store_part<lanes>(bits, reinterpret_cast<uint16_t*>(to), count);
@@ -165,10 +167,8 @@ class Writer {
 #if DLOPS_CAPABILITY == 2
     if constexpr (lanes * sizeof(to_t) == 64) {
       if (past_caches_ && count >= lanes && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        const Vector<to_t, lanes> result = converted<to_t, lanes>(values);
-        __m512i bits;
-        std::memcpy(&bits, &result, sizeof(bits));
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bits);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
+                            as<__m512i>(converted<to_t, lanes>(values)));
         return;
       }
     }

@@ -32,14 +32,6 @@ C10_ALWAYS_INLINE uint32_t lanes_inside(int64_t at, int64_t size) {
   return below(size - at) & ~below(-at);
 }
 
-template <class V, class R>
-V as(R bits) {
-  static_assert(sizeof(V) == sizeof(R));
-  V values;
-  std::memcpy(&values, &bits, sizeof(values));
-  return values;
-}
-
 // The elements at `from` as T in the lanes of `inside`, `other` in the rest.
 template <class T, class from_t, class V = Vector<T, 64 / sizeof(T)>>
 C10_ALWAYS_INLINE V load_inside(const from_t* from, uint32_t inside, V other) {
@@ -89,11 +81,12 @@ class Columns {
 
 template <class scalar_t>
 struct MaskedRows {
-  using T = work_t<scalar_t, uint8_t>;
-  using id_t = UnsignedOf<T>;
-  static constexpr int64_t lanes = kLanes<scalar_t, uint8_t>;
-  using Values = Vector<T, lanes>;
-  using Ids = Vector<id_t, lanes>;
+  using Window = Windows<scalar_t, uint8_t, 1>;
+  using T = typename Window::value_t;
+  using id_t = typename Window::id_t;
+  using Values = typename Window::Values;
+  using Ids = typename Window::Ids;
+  static constexpr int64_t lanes = Window::lanes;
 
   // How many kernel columns lie before the image, for windows from column `begin` of it on.
   template <int64_t stride>
@@ -119,7 +112,7 @@ struct MaskedRows {
     const Values padding = fill<T, lanes>(lowest<T>());
     for (int64_t oh = oh0; oh < oh1; ++oh) {
       const Range rows = rows_inside(g, oh);
-      Windows<scalar_t, uint8_t, 1> windows[planes];
+      Window windows[planes];
       Ids cell = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(rows.begin, 0)));
       for (auto& window : windows) window.cell[0] = cell + first;
       const scalar_t* row = input + g.input_row(oh, rows.begin) * g.W + begin;

@@ -14,14 +14,9 @@
 namespace dlops::cpu {
 namespace {
 
+// One vector of them.
 template <class scalar_t>
-struct Pairs {
-  using value_t = work_t<scalar_t, uint8_t>;
-  using id_t = UnsignedOf<value_t>;
-  static constexpr int64_t lanes = kLanes<scalar_t, uint8_t>;
-  using Values = Vector<value_t, lanes>;
-  using Ids = Vector<id_t, lanes>;
-};
+using Pairs = Windows<scalar_t, uint8_t, 1>;
 
 template <class T, int64_t lanes, class from_t>
 std::pair<Vector<T, lanes>, Vector<T, lanes>> load_two(const from_t* from, int64_t count) {
@@ -54,7 +49,7 @@ void max_pool2d_pairs(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int6
   for_each_row(planes, g.OH, oh0, oh1, [&](int64_t plane, int64_t oh, int64_t row) {
     const scalar_t* first = input + (plane * g.H + 2 * oh) * g.W;
     for (int64_t ow = 0; ow < g.OW; ow += P::lanes) {
-      Windows<scalar_t, uint8_t, 1> windows;
+      P windows;
       windows.cell[0] = typename P::Ids{};
       for (int r = 0; r < 2; ++r) {
         const scalar_t* from = first + r * g.W + 2 * ow;

@@ -35,8 +35,10 @@ struct Windows {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   static constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  Vector<value_t, lanes> best[blocks];
-  Vector<id_t, lanes> cell[blocks];
+  using Values = Vector<value_t, lanes>;
+  using Ids = Vector<id_t, lanes>;
+  Values best[blocks];
+  Ids cell[blocks];
 
   Windows() {
     for (auto& value : best) value = fill<value_t, lanes>(lowest<value_t>());
@@ -44,14 +46,14 @@ struct Windows {
   // `count` values are there; any number where there is more than one block.
   template <class from_t>
   void visit(const from_t* values, int64_t count, id_t id) {
-    const Vector<id_t, lanes> ids = fill<id_t, lanes>(id);
+    const Ids ids = fill<id_t, lanes>(id);
     for (int64_t b = 0; b < blocks; ++b)
       visit(b,
             blocks > 1 ? load<value_t, lanes>(values + b * lanes)
                        : load_part<value_t, lanes>(values, count),
             ids);
   }
-  void visit(int64_t b, Vector<value_t, lanes> value, Vector<id_t, lanes> id) {
+  void visit(int64_t b, Values value, Ids id) {
 #if DLOPS_CAPABILITY == 2
     if constexpr (std::is_same_v<value_t, float>) {
       // GCC inverts the mask before it chooses by it.
@@ -59,7 +61,7 @@ struct Windows {
           static_cast<__mmask16>(_mm512_cmp_ps_mask(value, best[b], _CMP_GT_OQ) |
                                  _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q));
       best[b] = _mm512_mask_mov_ps(best[b], takes, value);
-      cell[b] = (Vector<id_t, lanes>)_mm512_mask_mov_epi32((__m512i)cell[b], takes, (__m512i)id);
+      cell[b] = as<Ids>(_mm512_mask_mov_epi32(as<__m512i>(cell[b]), takes, as<__m512i>(id)));
       return;
     }
 #endif
