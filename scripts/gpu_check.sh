@@ -53,7 +53,7 @@ step() {
 # Everything but the build runs away from the source tree, on what was installed.
 installed() {
   cd "$site" || exit
-  PYTHONPATH=$site:$root:$root/tests exec "$@"
+  PYTHONPATH=$site:$root:$root/tests:$root/tests/gpu exec "$@"
 }
 
 run_pytest() {
@@ -140,6 +140,7 @@ if wants tests; then
   step gpu_native 280 bash -c 'run_pytest gpu_native "$root/tests/gpu/test_agreement.py" -k test_native' &
   step gpu_agreement 280 bash -c \
     'run_pytest gpu_agreement "$root/tests/gpu/test_agreement.py" -k "not test_native"' &
+  step gpu_implicit_gemm 280 bash -c 'run_pytest gpu_implicit_gemm "$root/tests/gpu/test_implicit_gemm.py"' &
   step gpu_execution 280 bash -c 'run_pytest gpu_execution "$root/tests/gpu/test_execution.py"' &
   for name in conv2d unfold max_pool2d sigmoid_focal_loss focal_loss; do
     step "cpu_$name" 280 bash -c "run_pytest cpu_$name \"\$root/tests/test_$name.py\"" &
@@ -152,10 +153,15 @@ if wants sanitizers; then
 fi
 wait
 if wants benchmarks; then
-  for dtype in bfloat16 float32; do
-    step "benchmarks_$dtype" 240 bash -c "installed \"\$python\" -m benchmarks --device cuda \
-      --dtype $dtype --seconds 0.1 --no-compile --out $(printf %q "$out")/gpu-$dtype"
-  done
+  benchmark() {
+    local name=$1
+    shift
+    step "benchmarks_$name" 240 bash -c "installed \"\$python\" -m benchmarks --device cuda $* \
+      --seconds 0.1 --no-compile --out $(printf %q "$out")/gpu-$name"
+  }
+  benchmark bfloat16 --dtype bfloat16
+  benchmark float32 --dtype float32
+  DLOPS_CUDA_CONV2D=implicit_gemm benchmark bfloat16-implicit-gemm --dtype bfloat16 --only conv2d
 fi
 
 for log in "$logs"/*.log; do

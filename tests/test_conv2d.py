@@ -335,13 +335,17 @@ sizes = partial(st.integers, 1)
 
 
 @st.composite
-def conv2d_cases(draw: st.DrawFn, most_images: int = 3, most_channels: int = 4) -> Conv2dCase:
+def conv2d_cases(
+    draw: st.DrawFn, most_images: int = 3, most_channels: int = 4, multiple: int = 1
+) -> Conv2dCase:
+    """The channels of a group are multiples of `multiple`."""
+
     def pair(low: int, high: int) -> tuple[int, int]:
         return draw(st.integers(low, high)), draw(st.integers(low, high))
 
     groups = draw(sizes(3))
     kernel, dilation, padding = pair(1, 4), pair(1, 3), pair(0, 3)
-    channels, outputs = draw(sizes(most_channels)), draw(sizes(most_channels))
+    channels, outputs = (multiple * draw(sizes(most_channels)) for _ in range(2))
     # At least as large as the kernel reaches, less what the padding gives.
     least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
     image = [draw(st.integers(size, size + 9)) for size in least]

@@ -21,17 +21,11 @@
 
 #include "common/conv2d_checks.h"
 #include "common/cuda_utils.cuh"
-#include "conv2d_math.h"
+#include "cuda/conv2d.h"
 #include "cuda/windows.cuh"
 
 namespace dlops::cuda {
 namespace {
-
-// Smaller in tests, so that small cases are cut too.
-#if !defined(DLOPS_WORKSPACE_BYTES)
-#define DLOPS_WORKSPACE_BYTES (64 << 20)
-#endif
-constexpr int64_t kWorkspaceBytes = DLOPS_WORKSPACE_BYTES;
 
 // Some images, or some pixels of one image, whose column matrix is made at a time.
 struct Chunk {
@@ -221,6 +215,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
   at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW},
                                 input.options().memory_format(memory_format(input, weight)));
   if (output.numel() == 0) return output;
+  if (takes_implicit_gemm(input, g)) {
+    implicit_conv2d(g, input, weight, bias, output);
+    return output;
+  }
   const Chunks chunks(g, input.element_size());
   const at::Tensor workspace = column_workspace(g, chunks, input.options());
   const at::Tensor matrix = weight_matrix(weight, g).transpose(1, 2);
@@ -268,6 +266,10 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   const at::MemoryFormat format = memory_format(grad_output, weight);
   at::Tensor grad_input = at::empty(input_size, grad_output.options().memory_format(format));
   if (grad_input.numel() == 0) return grad_input;
+  if (takes_implicit_gemm(grad_output, g)) {
+    implicit_grad_input(g, grad_output, weight, grad_input);
+    return grad_input;
+  }
   const auto sum_options = grad_output.options().dtype(sum_type(grad_output));
   const Chunks chunks(g, static_cast<int64_t>(sum_options.dtype().itemsize()));
   const at::Tensor workspace = column_workspace(g, chunks, sum_options);
@@ -313,6 +315,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                 grad_output.options().memory_format(memory_format(input, grad_output)));
   if (grad_weight.numel() == 0) return grad_weight;
   if (g.N == 0) return grad_weight.zero_();
+  if (takes_implicit_gemm(grad_output, g)) {
+    implicit_grad_weight(g, grad_output, input, grad_weight);
+    return grad_weight;
+  }
   const Chunks chunks(g, input.element_size());
   const at::Tensor workspace = column_workspace(g, chunks, input.options());
   const at::Tensor sums = at::empty({g.groups, g.outputs_per_group(), g.column_rows()},

@@ -1,8 +1,9 @@
 """The CUDA ops without a GPU: csrc/cuda/*.cu, compiled as plain C++, in place of the CPU kernels.
 
 host/host_launch.h stands in for the launches, so that the launchers, the index maps and the
-arithmetic of every CUDA op come under the op tests. What this cannot show: that the threads of a
-block work together, cuBLAS, and what nvcc makes of the code.
+arithmetic of every CUDA op come under the op tests; host/host_block.h plays the block of threads
+that multiplies tiles on the tensor cores. What this cannot show: missing barriers, cuBLAS, and what
+nvcc makes of the code.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,15 +33,26 @@ pytestmark = pytest.mark.skipif(
     not CSRC.exists(), reason="needs the source tree; this is a test of the wheel"
 )
 
+
+class Suite(NamedTuple):
+    file: str
+    chosen: str = "not same_bits"
+    environment: Mapping[str, str] = {}
+
+
 # The op tests, without those of thread counts and of strips, which only the CPU kernels have.
 # Low-precision convolution needs cuBLAS's float32 results, and the bits of a product are the
 # library's affair.
 SUITES = {
-    "conv2d": "not float16 and not bfloat16 and not does_not_feel and not same_bits and not strip",
-    "unfold": "not same_bits",
-    "max_pool2d": "not same_bits",
-    "sigmoid_focal_loss": "not same_bits",
-    "focal_loss": "not same_bits",
+    "conv2d": Suite(
+        "test_conv2d.py",
+        "not float16 and not bfloat16 and not does_not_feel and not same_bits and not strip",
+    ),
+    "implicit_gemm": Suite("gpu/test_implicit_gemm.py", "test", {"DLOPS_TEST_DEVICE": "cpu"}),
+    "unfold": Suite("test_unfold.py"),
+    "max_pool2d": Suite("test_max_pool2d.py"),
+    "sigmoid_focal_loss": Suite("test_sigmoid_focal_loss.py"),
+    "focal_loss": Suite("test_focal_loss.py"),
 }
 
 
@@ -81,13 +94,18 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_suite(suite: str, package: Path) -> subprocess.CompletedProcess[str]:
+def run_suite(suite: Suite, package: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["-c", str(TESTS.parent / "pyproject.toml"), "-k", SUITES[suite]]
+    command += ["-c", str(TESTS.parent / "pyproject.toml"), "-k", suite.chosen]
     return subprocess.run(
-        [*command, str(TESTS / f"test_{suite}.py")],
+        [*command, str(TESTS / suite.file)],
         cwd=package,  # which comes first on the path
-        env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(package),
+            "OMP_NUM_THREADS": "1",
+            **suite.environment,
+        },
         capture_output=True,
         text=True,
         timeout=900,
@@ -98,7 +116,7 @@ def run_suite(suite: str, package: Path) -> subprocess.CompletedProcess[str]:
 def suites(package: Path) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """Every suite at once, for they take minutes and the code under test has no threads."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {suite: pool.submit(run_suite, suite, package) for suite in SUITES}
+        yield {name: pool.submit(run_suite, suite, package) for name, suite in SUITES.items()}
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="links as on Linux")

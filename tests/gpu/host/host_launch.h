@@ -14,6 +14,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "host_block.h"
+
 #define DLOPS_CUDA_KEY CPU
 
 namespace dlops::cuda {

@@ -1,0 +1,31 @@
+// What the two ways of convolving on CUDA share: conv2d.cu (im2col and the library's product) and
+// conv2d_implicit.cu (implicit GEMM on the tensor cores).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+#include "conv2d_math.h"
+
+namespace dlops::cuda {
+
+// Smaller in tests, so that small cases are cut too.
+#if !defined(DLOPS_WORKSPACE_BYTES)
+#define DLOPS_WORKSPACE_BYTES (64 << 20)
+#endif
+constexpr int64_t kWorkspaceBytes = DLOPS_WORKSPACE_BYTES;
+
+// Whether implicit GEMM is asked for (DLOPS_CUDA_CONV2D=implicit_gemm) and serves this dtype,
+// device and size.
+bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g);
+
+// Each writes all of its last argument, which is not empty.
+void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
+                     const std::optional<at::Tensor>& bias, const at::Tensor& output);
+void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                         const at::Tensor& weight, const at::Tensor& grad_input);
+void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                          const at::Tensor& input, const at::Tensor& grad_weight);
+
+}  // namespace dlops::cuda

@@ -1,0 +1,483 @@
+// Tiles of the products that a convolution is, multiplied by the tensor cores (16-bit numbers, or
+// float32 as TF32), whose column matrix exists in shared memory alone.
+//
+// Everything is channels_last. A tile's rows lie in shared memory as 128 bytes, in chunks of 16
+// whose places are permuted from row to row, so that neither the copies nor the reads of eight rows
+// meet in a bank. Several stages of tiles arrive while one is multiplied.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/block.cuh"
+
+namespace dlops::cuda {
+
+// A convolution as these kernels see it: per group, and small enough for 32-bit positions within an
+// image. C and O are those of one group.
+template <class scalar_t>
+struct TensorCoreConv2d {
+  const scalar_t* input;
+  int64_t images;
+  int H, W, C, groups;
+  int O, R, S, OH, OW;
+  int stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+
+  DLOPS_DEVICE int column_rows() const { return R * S * C; }
+  DLOPS_DEVICE int64_t input_pixel() const { return static_cast<int64_t>(groups) * C; }
+  DLOPS_HOST_DEVICE int64_t pixels() const { return images * OH * OW; }
+};
+
+// a / b, in 32 bits where that is enough: a division of 64 takes a hundred instructions.
+DLOPS_DEVICE int64_t divide(int64_t a, int b) {
+  return a >> 32 == 0 ? static_cast<int64_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(b))
+                      : a / b;
+}
+
+DLOPS_HOST_DEVICE constexpr int64_t tiles_of(int64_t count, int64_t size) {
+  return (count + size - 1) / size;
+}
+
+// An output pixel, and the input pixel under the first cell of its window.
+struct OutputPixel {
+  int64_t n;
+  int oh, ow;
+
+  template <class Conv>
+  DLOPS_DEVICE OutputPixel(const Conv& conv, int64_t pixel) {
+    const int64_t row = divide(pixel, conv.OW);
+    n = divide(row, conv.OH);
+    oh = static_cast<int>(row - n * conv.OH);
+    ow = static_cast<int>(pixel - row * conv.OW);
+  }
+};
+
+// A kernel cell and a channel: a row of the column matrix.
+struct Cell {
+  int dh, dw, c;  // rows, columns and channels from the first
+
+  template <class Conv>
+  DLOPS_DEVICE Cell(const Conv& conv, int k) {
+    const int tap = k / conv.C;
+    c = k - tap * conv.C;
+    dh = tap / conv.S * conv.dilation_h;
+    dw = tap % conv.S * conv.dilation_w;
+  }
+  template <class Conv>
+  DLOPS_DEVICE int64_t offset(const Conv& conv) const {
+    return (static_cast<int64_t>(dh) * conv.W + dw) * conv.input_pixel() + c;
+  }
+};
+
+// Whether a row or column lies in [0, size).
+DLOPS_DEVICE bool inside(int at, int size) {
+  return static_cast<unsigned>(at) < static_cast<unsigned>(size);
+}
+
+// What both kernels have in common: bytes, threads and stages.
+template <class scalar_t>
+struct Tile {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kRowBytes = 128, kChunks = kRowBytes / 16;  // of 16 bytes
+  static constexpr int kStages = 3;
+  static constexpr int kChunk = 16 / sizeof(scalar_t);  // elements
+  static constexpr int kRow = kChunks * kChunk;
+};
+
+// ------------------------------------------------------------------------------- the convolution
+
+// Where the outputs go: output pixel (n, oh, ow), channel o of group 0.
+struct OutputPlace {
+  int64_t start, image, row, col;
+  DLOPS_DEVICE int64_t operator()(const OutputPixel& at) const {
+    return start + at.n * image + at.oh * row + at.ow * col;
+  }
+};
+
+// output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
+// kOutputs. `copy_bytes` are copied at once: what the channels of a group are a multiple of.
+template <class scalar_t, int kPixels, int kOutputs, int copy_bytes>
+struct Conv2dTiles : Tile<scalar_t> {
+  using T = Tile<scalar_t>;
+  static constexpr int kSharedBytes = T::kStages * (kPixels + kOutputs) * T::kRowBytes;
+  static constexpr int kWarpColumns = kOutputs / 32, kWarpRows = T::kWarps / kWarpColumns;
+  static constexpr int kRowsOfWarp = kPixels / kWarpRows;
+  static constexpr int M = kRowsOfWarp / 16, N = 4;  // products of 16 x 8 a warp
+  static_assert(M >= 1 && M * 16 * kWarpRows == kPixels);
+  static constexpr int kParts = 16 / copy_bytes, kPart = copy_bytes / sizeof(scalar_t);
+  static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
+
+  TensorCoreConv2d<scalar_t> conv;
+  const scalar_t* weight;
+  const scalar_t* bias;  // or null
+  scalar_t* output;
+  OutputPlace place;
+
+  DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
+  DLOPS_HOST_DEVICE int64_t count() const {
+    return conv.groups * output_tiles() * tiles_of(conv.pixels(), kPixels);
+  }
+
+  // The windows whose columns a thread copies.
+  struct Windows {
+    const scalar_t* start[kPixelRows];
+    int ih[kPixelRows], iw[kPixelRows];
+  };
+  struct Fragments {
+    uint32_t a[M][4], b[N][2];
+  };
+  struct Sums {
+    float values[M][N][4];
+  };
+
+  DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* tile, int row, int chunk) {
+    return tile + row * T::kRowBytes + (chunk ^ (row & 7)) * 16;
+  }
+
+  DLOPS_DEVICE void start(Windows& windows, int row, int64_t first_pixel, int group) const {
+    for (int i = 0; i < kPixelRows; ++i) {
+      const int64_t pixel = first_pixel + row + i * 32;
+      if (pixel >= conv.pixels()) {
+        windows.start[i] = conv.input;
+        windows.ih[i] = windows.iw[i] = -(1 << 30);  // outside, whatever the cell
+        continue;
+      }
+      const OutputPixel at(conv, pixel);
+      windows.ih[i] = at.oh * conv.stride_h - conv.pad_top;
+      windows.iw[i] = at.ow * conv.stride_w - conv.pad_left;
+      windows.start[i] =
+          conv.input + group * conv.C +
+          ((at.n * conv.H + windows.ih[i]) * conv.W + windows.iw[i]) * conv.input_pixel();
+    }
+  }
+
+  // A thread's part of stage `step`: one chunk of some rows of both tiles.
+  template <class Block>
+  DLOPS_DEVICE void copy(Block& block, const Windows& windows, unsigned char* tile, int thread,
+                         const scalar_t* weights, int outputs, int step) const {
+    const int chunk = thread % T::kChunks, row = thread / T::kChunks;
+    const int K = conv.column_rows();
+    DLOPS_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const int k = step * T::kRow + chunk * T::kChunk + part * kPart;
+      const Cell cell(conv, k);
+      const int64_t offset = cell.offset(conv);
+      DLOPS_UNROLL
+      for (int i = 0; i < kPixelRows; ++i)
+        block.template copy<copy_bytes>(chunk_at(tile, row + i * 32, chunk) + part * copy_bytes,
+                                        windows.start[i] + offset,
+                                        k < K && inside(windows.ih[i] + cell.dh, conv.H) &&
+                                            inside(windows.iw[i] + cell.dw, conv.W));
+      DLOPS_UNROLL
+      for (int i = 0; i < kWeightRows; ++i) {
+        const int o = row + i * 32;
+        block.template copy<copy_bytes>(chunk_at(tile, kPixels + o, chunk) + part * copy_bytes,
+                                        weights + static_cast<int64_t>(o) * K + k,
+                                        k < K && o < outputs);
+      }
+    }
+  }
+
+  // The products of one stage that a warp has to add.
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* tile, F& fragments,
+                                    S& sums) {
+    const int pixel = warp / kWarpColumns * kRowsOfWarp;
+    const int output = kPixels + warp % kWarpColumns * 32;
+    DLOPS_UNROLL
+    for (int step = 0; step < T::kChunks / 2; ++step) {
+      DLOPS_UNROLL
+      for (int m = 0; m < M; ++m)
+        block.load_matrices(
+            warp, [&](int thread) { return fragments[thread].a[m]; },
+            [&](int lane) {
+              return chunk_at(tile, pixel + m * 16 + lane % 16, step * 2 + lane / 16);
+            });
+      DLOPS_UNROLL
+      for (int n = 0; n < N; n += 2)
+        block.load_matrices(
+            warp, [&](int thread) { return &fragments[thread].b[n][0]; },
+            [&](int lane) {
+              return chunk_at(tile, output + n * 8 + lane / 16 * 8 + lane % 8,
+                              step * 2 + lane / 8 % 2);
+            });
+      DLOPS_UNROLL
+      for (int m = 0; m < M; ++m) DLOPS_UNROLL
+      for (int n = 0; n < N; ++n)
+        block.template multiply_add<scalar_t>(
+            warp, [&](int thread) { return sums[thread].values[m][n]; },
+            [&](int thread) { return fragments[thread].a[m]; },
+            [&](int thread) { return fragments[thread].b[n]; });
+    }
+  }
+
+  // The bias joins the sums before they are rounded.
+  DLOPS_DEVICE void store(const Sums& sums, int thread, int64_t first_pixel, int first_output,
+                          int group) const {
+    const int warp = thread / 32, lane = thread % 32;
+    DLOPS_UNROLL
+    for (int m = 0; m < M; ++m) DLOPS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int64_t pixel =
+          first_pixel + warp / kWarpColumns * kRowsOfWarp + m * 16 + half * 8 + lane / 4;
+      if (pixel >= conv.pixels()) continue;
+      const int64_t to = place(OutputPixel(conv, pixel)) + static_cast<int64_t>(group) * conv.O;
+      DLOPS_UNROLL
+      for (int n = 0; n < N; ++n) DLOPS_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        const int o = first_output + warp % kWarpColumns * 32 + n * 8 + lane % 4 * 2 + i;
+        if (o >= conv.O) continue;
+        float value = sums.values[m][n][half * 2 + i];
+        if (bias != nullptr) value += static_cast<float>(bias[group * conv.O + o]);
+        output[to + o] = static_cast<scalar_t>(value);
+      }
+    }
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
+    // Tiles of the same pixels follow one another, so that these are read from memory once.
+    const int tiles = static_cast<int>(output_tiles());
+    const int64_t groups_and_pixels = divide(tile, tiles);
+    const int first_output = static_cast<int>(tile - groups_and_pixels * tiles) * kOutputs;
+    const int64_t pixel_tile = divide(groups_and_pixels, conv.groups);
+    const int group = static_cast<int>(groups_and_pixels - pixel_tile * conv.groups);
+    const int64_t first_pixel = pixel_tile * kPixels;
+    const scalar_t* weights =
+        weight + (static_cast<int64_t>(group) * conv.O + first_output) * conv.column_rows();
+    const int steps = static_cast<int>(tiles_of(conv.column_rows(), T::kRow));
+    const auto stage = [&](int step) {
+      return shared + step % T::kStages * (kPixels + kOutputs) * T::kRowBytes;
+    };
+
+    typename Block::template PerThread<Windows> windows;
+    typename Block::template PerThread<Fragments> fragments;
+    typename Block::template PerThread<Sums> sums;
+    block.threads([&](int thread) {
+      sums[thread] = Sums{};
+      start(windows[thread], thread / T::kChunks, first_pixel, group);
+    });
+    const auto copy_stage = [&](int step) {
+      if (step < steps)
+        block.threads([&](int thread) {
+          copy(block, windows[thread], stage(step), thread, weights, conv.O - first_output, step);
+        });
+      block.commit();
+    };
+    for (int step = 0; step < T::kStages - 1; ++step) copy_stage(step);
+    for (int step = 0; step < steps; ++step) {
+      block.template wait<T::kStages - 2>();
+      block.sync();  // this stage is there for all, and the one before is no longer read
+      copy_stage(step + T::kStages - 1);
+      block.warps([&](int warp) { multiply(block, warp, stage(step), fragments, sums); });
+    }
+    block.threads(
+        [&](int thread) { store(sums[thread], thread, first_pixel, first_output, group); });
+  }
+};
+
+// -------------------------------------------------------------------- the gradient of the weight
+
+// sums (parts, groups, O, K) = grad_output^T (O x pixels) x columns (pixels x K), where each part
+// adds up `part_pixels` pixels, by tiles of kOutputs x kColumns.
+template <class scalar_t, int kOutputs, int kColumns, int copy_bytes>
+struct GradWeightTiles : Tile<scalar_t> {
+  using T = Tile<scalar_t>;
+  static constexpr int kPixels = 32;  // a stage
+  // A stage holds panels of 32 pixels by 128 bytes.
+  static constexpr int kPanelBytes = kPixels * T::kRowBytes;
+  static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
+  static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
+  static constexpr int kSharedBytes = T::kStages * kStageBytes;
+  static constexpr int kWarpColumns = kColumns / 32, kWarpRows = T::kWarps / kWarpColumns;
+  static constexpr int kRowsOfWarp = kOutputs / kWarpRows;
+  static constexpr int M = kRowsOfWarp / 16, N = 4;
+  static_assert(M >= 1 && M * 16 * kWarpRows == kOutputs);
+  static constexpr int kParts = 16 / copy_bytes, kPart = copy_bytes / sizeof(scalar_t);
+  static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
+
+  TensorCoreConv2d<scalar_t> conv;
+  const scalar_t* grad_output;
+  float* sums;
+  int64_t part_pixels;  // a multiple of kPixels
+
+  DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
+  DLOPS_HOST_DEVICE int64_t column_tiles() const {
+    return tiles_of(static_cast<int64_t>(conv.R) * conv.S * conv.C, kColumns);
+  }
+  DLOPS_HOST_DEVICE int64_t parts() const { return tiles_of(conv.pixels(), part_pixels); }
+  DLOPS_HOST_DEVICE int64_t count() const {
+    return parts() * conv.groups * output_tiles() * column_tiles();
+  }
+
+  struct Fragments {
+    uint32_t a[M][4], b[N][2];
+  };
+  struct Sums {
+    float values[M][N][4];
+  };
+  // The tile's place.
+  struct Place {
+    int first_output, first_column, group;
+    int64_t first_pixel, end_pixel;
+  };
+
+  // Eight rows of one chunk (what a transposed read takes), or four rows of two (what reads of
+  // single numbers take), lie in different banks.
+  DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* panels, int pixel, int chunk) {
+    const int place = sizeof(scalar_t) == 2 ? pixel & 7 : pixel * 2 & 7;
+    return panels + chunk / T::kChunks * kPanelBytes + pixel * T::kRowBytes +
+           ((chunk % T::kChunks) ^ place) * 16;
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void copy_outputs(Block& block, unsigned char* panels, int thread,
+                                 const Place& place, int64_t pixel) const {
+    constexpr int chunks = kOutputPanels * T::kChunks, rows = T::kThreads / chunks;
+    const int chunk = thread % chunks;
+    const int64_t step = static_cast<int64_t>(conv.groups) * conv.O;  // to the next pixel
+    DLOPS_UNROLL
+    for (int row = thread / chunks; row < kPixels; row += rows) DLOPS_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const int o = place.first_output + chunk * T::kChunk + part * kPart;
+      block.template copy<copy_bytes>(
+          chunk_at(panels, row, chunk) + part * copy_bytes,
+          grad_output + (pixel + row) * step + static_cast<int64_t>(place.group) * conv.O + o,
+          o < conv.O && pixel + row < place.end_pixel);
+    }
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void copy_columns(Block& block, unsigned char* panels, int thread,
+                                 const Place& place, int64_t pixel) const {
+    constexpr int chunks = kColumnPanels * T::kChunks, rows = T::kThreads / chunks;
+    const int chunk = thread % chunks;
+    const int K = conv.column_rows();
+    DLOPS_UNROLL
+    for (int part = 0; part < kParts; ++part) {
+      const int k = place.first_column + chunk * T::kChunk + part * kPart;
+      const Cell cell(conv, k);
+      const int64_t offset = cell.offset(conv) + static_cast<int64_t>(place.group) * conv.C;
+      DLOPS_UNROLL
+      for (int row = thread / chunks; row < kPixels; row += rows) {
+        const bool there = k < K && pixel + row < place.end_pixel;
+        const OutputPixel at(conv, there ? pixel + row : 0);
+        const int ih = at.oh * conv.stride_h - conv.pad_top;
+        const int iw = at.ow * conv.stride_w - conv.pad_left;
+        block.template copy<copy_bytes>(
+            chunk_at(panels, row, chunk) + part * copy_bytes,
+            conv.input + ((at.n * conv.H + ih) * conv.W + iw) * conv.input_pixel() + offset,
+            there && inside(ih + cell.dh, conv.H) && inside(iw + cell.dw, conv.W));
+      }
+    }
+  }
+
+  // Two neighbouring fragments' worth of `chunk` and the next (eight 16-bit numbers each), of the
+  // pixels that one instruction adds up: to(thread)[0 .. 3], first along the `first` direction.
+  template <class Block, class F>
+  DLOPS_DEVICE static void load(Block& block, int warp, unsigned char* panels, int pixel,
+                                int element, bool pixels_first, const F& to) {
+    if constexpr (sizeof(scalar_t) == 2) {
+      block.load_transposed(warp, to, [&](int lane) {
+        const int second = lane / 8 % 2, third = lane / 16;
+        return chunk_at(panels, pixel + (pixels_first ? second : third) * 8 + lane % 8,
+                        element / T::kChunk + (pixels_first ? third : second));
+      });
+    } else {
+      block.lanes(warp, [&](int thread) {
+        const int lane = thread % 32;
+        DLOPS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int second = i % 2, third = i / 2;
+          const int at = element + (pixels_first ? third : second) * 8 + lane / 4;
+          to(thread)[i] = *reinterpret_cast<const uint32_t*>(
+              chunk_at(panels, pixel + (pixels_first ? second : third) * 4 + lane % 4,
+                       at / T::kChunk) +
+              at % T::kChunk * sizeof(scalar_t));
+        }
+      });
+    }
+  }
+
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* panels, F& fragments,
+                                    S& sums) {
+    unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
+    const int output = warp / kWarpColumns * kRowsOfWarp, column = warp % kWarpColumns * 32;
+    DLOPS_UNROLL
+    for (int pixel = 0; pixel < kPixels; pixel += kDepth) {
+      DLOPS_UNROLL
+      for (int m = 0; m < M; ++m)
+        load(block, warp, panels, pixel, output + m * 16, false,
+             [&](int thread) { return fragments[thread].a[m]; });
+      DLOPS_UNROLL
+      for (int n = 0; n < N; n += 2)
+        load(block, warp, columns, pixel, column + n * 8, true,
+             [&](int thread) { return &fragments[thread].b[n][0]; });
+      DLOPS_UNROLL
+      for (int m = 0; m < M; ++m) DLOPS_UNROLL
+      for (int n = 0; n < N; ++n)
+        block.template multiply_add<scalar_t>(
+            warp, [&](int thread) { return sums[thread].values[m][n]; },
+            [&](int thread) { return fragments[thread].a[m]; },
+            [&](int thread) { return fragments[thread].b[n]; });
+    }
+  }
+
+  DLOPS_DEVICE void store(const Sums& values, int thread, const Place& place, int64_t part) const {
+    const int warp = thread / 32, lane = thread % 32;
+    const int K = conv.column_rows();
+    float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
+    DLOPS_UNROLL
+    for (int m = 0; m < M; ++m) DLOPS_UNROLL
+    for (int n = 0; n < N; ++n) DLOPS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int o =
+          place.first_output + warp / kWarpColumns * kRowsOfWarp + m * 16 + i / 2 * 8 + lane / 4;
+      const int k = place.first_column + warp % kWarpColumns * 32 + n * 8 + lane % 4 * 2 + i % 2;
+      if (o < conv.O && k < K) to[static_cast<int64_t>(o) * K + k] = values.values[m][n][i];
+    }
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
+    const int64_t outputs = output_tiles(), columns = column_tiles();
+    Place place;
+    place.first_column = static_cast<int>(tile % columns) * kColumns;
+    tile /= columns;
+    place.first_output = static_cast<int>(tile % outputs) * kOutputs;
+    tile /= outputs;
+    place.group = static_cast<int>(tile % conv.groups);
+    const int64_t part = tile / conv.groups;
+    place.first_pixel = part * part_pixels;
+    const int64_t end = place.first_pixel + part_pixels;
+    place.end_pixel = end < conv.pixels() ? end : conv.pixels();
+    const int64_t steps = tiles_of(place.end_pixel - place.first_pixel, kPixels);
+    const auto stage = [&](int64_t step) {
+      return shared + static_cast<int>(step % T::kStages) * kStageBytes;
+    };
+
+    typename Block::template PerThread<Fragments> fragments;
+    typename Block::template PerThread<Sums> values;
+    block.threads([&](int thread) { values[thread] = Sums{}; });
+    const auto copy_stage = [&](int64_t step) {
+      if (step < steps)
+        block.threads([&](int thread) {
+          const int64_t pixel = place.first_pixel + step * kPixels;
+          copy_outputs(block, stage(step), thread, place, pixel);
+          copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, thread, place, pixel);
+        });
+      block.commit();
+    };
+    for (int step = 0; step < T::kStages - 1; ++step) copy_stage(step);
+    for (int64_t step = 0; step < steps; ++step) {
+      block.template wait<T::kStages - 2>();
+      block.sync();
+      copy_stage(step + T::kStages - 1);
+      block.warps([&](int warp) { multiply(block, warp, stage(step), fragments, values); });
+    }
+    block.threads([&](int thread) { store(values[thread], thread, place, part); });
+  }
+};
+
+}  // namespace dlops::cuda

@@ -1,0 +1,139 @@
+// The block of cuda/block.cuh on the host: its threads take turns, phase by phase, and warps do
+// together what the instructions' manual says they do.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace dlops::cuda {
+
+class Block {
+ public:
+  static constexpr int kThreads = 256;
+
+  template <class T>
+  class PerThread {
+   public:
+    T& operator[](int thread) { return values_[static_cast<size_t>(thread)]; }
+
+   private:
+    std::vector<T> values_ = std::vector<T>(kThreads);
+  };
+
+  template <class F>
+  void threads(const F& f) const {
+    for (int thread = 0; thread < kThreads; ++thread) f(thread);
+  }
+  template <class F>
+  void warps(const F& f) const {
+    for (int warp = 0; warp < kThreads / 32; ++warp) f(warp);
+  }
+  template <class F>
+  void lanes(int warp, const F& f) const {
+    for (int lane = 0; lane < 32; ++lane) f(warp * 32 + lane);
+  }
+  void sync() const {}
+
+  // Some copies arrive at once, the others no sooner than someone waits for them: what reads a tile
+  // too early, or writes into one that is still read, gives wrong results.
+  template <int bytes>
+  void copy(void* shared, const void* global, bool valid) {
+    Copy copy{shared, bytes, {}};
+    if (valid) std::memcpy(copy.data.data(), global, bytes);
+    random_ = random_ * 1664525 + 1013904223;
+    if (bytes < 4 || random_ >> 31 != 0) {
+      copy.arrive();
+    } else {
+      open_.push_back(copy);
+    }
+  }
+  void commit() {
+    batches_.push_back(open_);
+    open_.clear();
+  }
+  template <int pending>
+  void wait() {
+    while (batches_.size() > pending) {
+      for (const Copy& copy : batches_.front()) copy.arrive();
+      batches_.erase(batches_.begin());
+    }
+  }
+
+  template <class F, class G>
+  void load_matrices(int warp, const F& to, const G& from) const {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int lane = 0; lane < 32; ++lane)
+        std::memcpy(&to(warp * 32 + lane)[matrix], from(matrix * 8 + lane / 4) + lane % 4 * 4, 4);
+  }
+  template <class F, class G>
+  void load_transposed(int warp, const F& to, const G& from) const {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int lane = 0; lane < 32; ++lane)
+        for (int half = 0; half < 2; ++half)
+          std::memcpy(reinterpret_cast<unsigned char*>(&to(warp * 32 + lane)[matrix]) + half * 2,
+                      from(matrix * 8 + lane % 4 * 2 + half) + lane / 4 * 2, 2);
+  }
+
+  template <class scalar_t, class C, class A, class B>
+  void multiply_add(int warp, const C& sums, const A& a_of, const B& b_of) const {
+    constexpr int depth = 32 / sizeof(scalar_t), each = depth / 8;  // elements in four bytes
+    float a[16][depth], b[8][depth];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int row = lane / 4, first = lane % 4 * each;
+      for (int part = 0; part < 2; ++part)
+        for (int i = 0; i < each; ++i) {
+          const int k = part * depth / 2 + first + i;
+          a[row][k] = element<scalar_t>(a_of(warp * 32 + lane)[2 * part], i);
+          a[row + 8][k] = element<scalar_t>(a_of(warp * 32 + lane)[2 * part + 1], i);
+          b[row][k] = element<scalar_t>(b_of(warp * 32 + lane)[part], i);
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < depth; ++k)
+          sums(warp * 32 + lane)[i] += a[lane / 4 + i / 2 * 8][k] * b[lane % 4 * 2 + i % 2][k];
+  }
+
+ private:
+  struct Copy {
+    void* to;
+    size_t bytes;
+    std::array<unsigned char, 16> data;
+    void arrive() const { std::memcpy(to, data.data(), bytes); }
+  };
+
+  template <class scalar_t>
+  static float element(uint32_t bits, int i) {
+    scalar_t value;
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      bits = (bits + 0x1000) & ~uint32_t(0x1fff);  // TF32: ten bits of mantissa
+      std::memcpy(&value, &bits, 4);
+    } else {
+      std::memcpy(&value, reinterpret_cast<const unsigned char*>(&bits) + 2 * i, 2);
+    }
+    return static_cast<float>(value);
+  }
+
+  std::vector<Copy> open_;
+  std::vector<std::vector<Copy>> batches_;
+  uint32_t random_ = 1;
+};
+
+template <class Tiles>
+void for_each_tile(const Tiles& tiles) {
+  static_assert(Tiles::kThreads == Block::kThreads);
+  for (int64_t tile = 0; tile < tiles.count(); ++tile) {
+    // All ones: not a number, wherever memory is read that nobody wrote.
+    std::vector<unsigned char> shared(Tiles::kSharedBytes, 0xff);
+    Block block;
+    tiles(block, shared.data(), tile);
+  }
+}
+
+}  // namespace dlops::cuda

@@ -1,0 +1,191 @@
+"""Implicit GEMM on the tensor cores: exact on small integers wherever its tiles end, and as near to
+the truth as native.
+
+test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from cases import CONV2D, LAYOUTS, Conv2dCase, ids
+from checks import (
+    Inputs,
+    cast,
+    check_same_bits,
+    normal,
+    small_integers,
+    values_and_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import Problem, conv2d
+from test_conv2d import conv2d_cases
+from tolerances import TOLERANCES, assert_accurate, error
+from torch import Tensor
+
+import dlops.functional as F
+
+DEVICE = os.environ.get("DLOPS_TEST_DEVICE", "cuda")
+if DEVICE == "cuda":
+    pytestmark = pytest.mark.gpu
+parametrize = pytest.mark.parametrize
+LOW_PRECISION = [torch.bfloat16, torch.float16]
+DTYPES = [*LOW_PRECISION, torch.float32]
+dtypes = parametrize("dtype", DTYPES, ids=ids)
+
+# Whole tiles and their ends in every direction, copies of 16 bytes and of one element, many tiles
+# and few, one part of the pixels and many.
+TILES = [
+    Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
+    Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
+    Conv2dCase("large_tiles", (3, 8, 107, 106), (72, 8, 1, 1)),
+    Conv2dCase("large_narrow_tiles", (3, 8, 107, 106), (40, 8, 1, 1)),
+    Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
+    Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (4, 6), 5, (2, 3)),
+    Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 4)),
+    Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
+    Conv2dCase("first_layer_bytes", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
+]
+
+
+@pytest.fixture(autouse=True)
+def implicit_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """float32 goes by tensor cores too."""
+    monkeypatch.setenv("DLOPS_CUDA_CONV2D", "implicit_gemm")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def rounded_to_tf32(x: Tensor) -> Tensor:
+    return (x.to(torch.float32).view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+
+
+def on_device(inputs: Inputs) -> list[Any]:
+    return [None if x is None else x.to(DEVICE) for x in inputs]
+
+
+def check_rounded_once(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> None:
+    """Sums of small integers are exact before they are rounded."""
+    truth = values_and_gradients(
+        problem.native, cast(inputs, torch.float64), dtype, fill=small_integers
+    )
+    results = values_and_gradients(
+        problem.ours, on_device(cast(inputs, dtype)), fill=small_integers
+    )
+    for name, result in results.items():
+        assert torch.equal(result.cpu(), truth[name].to(dtype)), f"{name} in {dtype}"
+
+
+@pytest.mark.exact
+@dtypes
+@parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@parametrize("case", [*CONV2D, *TILES], ids=ids)
+def test_exact_on_small_integers(case: Conv2dCase, layout: str, dtype: torch.dtype) -> None:
+    problem = conv2d(case, small_integers)
+    image, *others = problem.inputs
+    check_rounded_once(problem, [LAYOUTS[layout](image), *others], dtype)
+
+
+@pytest.mark.exact
+@dtypes
+@parametrize("multiple", [1, 8])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_exact_on_any_shape(multiple: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    case = data.draw(conv2d_cases(most_channels=20 // multiple, multiple=multiple))
+    problem = conv2d(case, small_integers)
+    check_rounded_once(problem, problem.inputs, dtype)
+
+
+@pytest.mark.native
+@parametrize("dtype", LOW_PRECISION, ids=ids)
+@parametrize("case", [*CONV2D, *TILES], ids=ids)
+def test_as_near_to_the_truth_as_native(case: Conv2dCase, dtype: torch.dtype) -> None:
+    problem = conv2d(case)
+    inputs = cast(problem.inputs, dtype)
+    truth = values_and_gradients(problem.native, cast(inputs, torch.float64), dtype)
+    theirs = values_and_gradients(problem.native, on_device(inputs))
+    for name, result in values_and_gradients(problem.ours, on_device(inputs)).items():
+        assert_accurate(result, theirs[name], truth[name], name)
+
+
+@pytest.mark.native
+@parametrize("case", TILES, ids=ids)
+def test_tf32_rounds_the_factors_alone(case: Conv2dCase) -> None:
+    """Ten bits of mantissa, to the nearest: products and sums of such numbers are float32's."""
+    problem = conv2d(case)
+
+    def fill(size: Sequence[int], seed: int) -> Tensor:
+        return rounded_to_tf32(normal(size, seed))
+
+    inputs = [None if x is None else rounded_to_tf32(x) for x in problem.inputs]
+    truth = values_and_gradients(problem.native, cast(inputs, torch.float64), fill=fill)
+    for name, result in values_and_gradients(problem.ours, on_device(inputs), fill=fill).items():
+        assert error(result, truth[name]) < TOLERANCES[torch.float32].bound, name
+
+
+@pytest.mark.special
+@dtypes
+@parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_special_values_stay_where_they_belong(value: float, dtype: torch.dtype) -> None:
+    image = small_integers((2, 16, 9, 9), 1).abs() + 1
+    image[1, 3, 4, 5] = value
+    weight = small_integers((8, 16, 3, 3), 2).abs() + 1
+    ours, theirs = (
+        f(*on_device(cast([image, weight], dtype)), padding=1).cpu()
+        for f in (F.conv2d, torch.conv2d)
+    )
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert ours[0].isfinite().all()
+    assert not ours[1].isfinite().all()
+
+
+@pytest.mark.determinism
+@dtypes
+def test_same_bits_on_every_run(dtype: torch.dtype) -> None:
+    problem = conv2d(Conv2dCase("parts", (4, 16, 40, 41), (32, 16, 3, 3), padding=1))
+    inputs = on_device(cast(problem.inputs, dtype))
+    check_same_bits([values_and_gradients(problem.ours, inputs) for _ in range(3)])
+
+
+@pytest.mark.native
+@parametrize("dtype", [torch.float32, torch.float64], ids=ids)
+def test_all_digits_where_they_are_asked_for(dtype: torch.dtype) -> None:
+    torch.set_float32_matmul_precision("highest")
+    problem = conv2d(TILES[0])
+    inputs = cast(problem.inputs, dtype)
+    truth = values_and_gradients(problem.native, cast(inputs, torch.float64), dtype)
+    for name, result in values_and_gradients(problem.ours, on_device(inputs)).items():
+        assert error(result, truth[name]) < TOLERANCES[dtype].bound, name
+
+
+@pytest.mark.invalid
+def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLOPS_CUDA_CONV2D", "fastest")
+    x = torch.ones(1, 1, 3, 3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm, got fastest"):
+        F.conv2d(x, x)
+
+
+@pytest.mark.native
+def test_it_is_the_tensor_cores_that_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 + 2^-12 is 1 in TF32."""
+    x = torch.full((1, 8, 4, 4), 1 + 2**-12, device=DEVICE)
+    weight = torch.ones(8, 8, 1, 1, device=DEVICE)
+    conv = partial(F.conv2d, x, weight)
+    assert conv().unique().tolist() == [8]
+    if DEVICE == "cpu":
+        monkeypatch.setenv("DLOPS_CUDA_CONV2D", "im2col")
+        assert conv().unique().tolist() == [8 + 2**-9]
+    else:
+        with torch.profiler.profile() as profile:
+            conv()
+        assert any("Conv2dTiles" in event.key for event in profile.key_averages())
