@@ -41,20 +41,22 @@ template <class bits_t>
 struct Im2col {
   Conv2dGeometry g;
   Chunk chunk;
+  Divider channels, S, R, groups, pixels, OW;
   const bits_t* input;
   bits_t* columns;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t Cg = g.channels_per_group();
-    int64_t rest = i / Cg;
-    const int64_t s = rest % g.S;
-    rest /= g.S;
-    const int64_t r = rest % g.R;
-    rest /= g.R;
-    const int64_t c = rest % g.groups * Cg + i % Cg;
-    rest /= g.groups;
-    const int64_t pixel = chunk.pixel + rest % chunk.pixels, n = rest / chunk.pixels;
-    const int64_t ih = g.input_row(pixel / g.OW, r), iw = g.input_col(pixel % g.OW, s);
+    // Each split leaves the remainder in place of what it divides.
+    int64_t c = i;
+    int64_t s = channels.split(c);
+    int64_t r = S.split(s);
+    int64_t group = R.split(r);
+    int64_t pixel = groups.split(group);
+    const int64_t n = pixels.split(pixel);
+    c += group * channels.divisor();
+    int64_t ow = pixel + chunk.pixel;
+    const int64_t oh = OW.split(ow);
+    const int64_t ih = g.input_row(oh, r), iw = g.input_col(ow, s);
     const bool inside = g.row_inside(ih) && g.col_inside(iw);
     columns[i] = inside ? input[((n * g.H + ih) * g.W + iw) * g.C + c] : bits_t{};
   }
@@ -66,24 +68,24 @@ template <class sum_t, class image_t>
 struct Col2im {
   Conv2dGeometry g;
   Chunk chunk;
+  Packs<1, true> pixels;
+  WindowAxis rows, cols;
+  Divider channels;  // of a group
   const sum_t* columns;
   image_t* images;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t Cg = g.channels_per_group();
-    const int64_t c = i % g.C;
-    const int64_t w = i / g.C % g.W;
-    const int64_t h = i / g.C / g.W % g.H;
-    const int64_t n = i / g.C / g.W / g.H;
+    const Pack at = pixels[i];
+    int64_t c = at.channel;
+    const int64_t group = channels.split(c);
     sum_t sum = chunk.pixel > 0 ? static_cast<sum_t>(images[i]) : sum_t(0);
-    for_each_window(h + g.pad_top, g.R, g.stride_h, g.dilation_h, g.OH, [&](int64_t oh, int64_t r) {
-      for_each_window(w + g.pad_left, g.S, g.stride_w, g.dilation_w, g.OW,
-                      [&](int64_t ow, int64_t s) {
-                        const int64_t pixel = oh * g.OW + ow - chunk.pixel;
-                        if (pixel < 0 || pixel >= chunk.pixels) return;
-                        const int64_t row = (n * chunk.pixels + pixel) * g.groups + c / Cg;
-                        sum += columns[((row * g.R + r) * g.S + s) * Cg + c % Cg];
-                      });
+    rows.for_each_window(at.row + g.pad_top, [&](int64_t oh, int64_t r) {
+      cols.for_each_window(at.col + g.pad_left, [&](int64_t ow, int64_t s) {
+        const int64_t pixel = oh * g.OW + ow - chunk.pixel;
+        if (pixel < 0 || pixel >= chunk.pixels) return;
+        const int64_t row = (at.image * chunk.pixels + pixel) * g.groups + group;
+        sum += columns[((row * g.R + r) * g.S + s) * channels.divisor() + c];
+      });
     });
     images[i] = static_cast<image_t>(sum);
   }
@@ -173,7 +175,9 @@ at::Tensor column_matrix(const at::Tensor& images, const Conv2dGeometry& g, cons
   with_bits(bytes, [&](auto bits) {
     using bits_t = decltype(bits);
     for_each(chunk.rows() * g.groups * stretches.column_rows(),
-             Im2col<bits_t>{stretches, chunk, static_cast<const bits_t*>(images.const_data_ptr()),
+             Im2col<bits_t>{stretches, chunk, Divider(stretches.channels_per_group()), Divider(g.S),
+                            Divider(g.R), Divider(g.groups), Divider(chunk.pixels), Divider(g.OW),
+                            static_cast<const bits_t*>(images.const_data_ptr()),
                             static_cast<bits_t*>(workspace.mutable_data_ptr())});
   });
   return workspace.narrow(0, 0, chunk.rows()).transpose(0, 1);
@@ -245,8 +249,13 @@ void add_columns(const at::Tensor& columns, const Conv2dGeometry& g, const Chunk
   AT_DISPATCH_FLOATING_AND_COMPLEX_TYPES_AND2(
       at::kHalf, at::kBFloat16, images.scalar_type(), "conv2d_grad_input", [&] {
         using sum_t = at::opmath_type<scalar_t>;
-        for_each(images.numel(), Col2im<sum_t, scalar_t>{g, chunk, columns.const_data_ptr<sum_t>(),
-                                                         images.mutable_data_ptr<scalar_t>()});
+        for_each(images.numel(),
+                 Col2im<sum_t, scalar_t>{g, chunk, Packs<1, true>(images.size(0), g.C, g.H, g.W),
+                                         WindowAxis(g.R, g.stride_h, g.dilation_h, g.OH),
+                                         WindowAxis(g.S, g.stride_w, g.dilation_w, g.OW),
+                                         Divider(g.channels_per_group()),
+                                         columns.const_data_ptr<sum_t>(),
+                                         images.mutable_data_ptr<scalar_t>()});
       });
 }
 

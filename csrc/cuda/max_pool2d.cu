@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 #include "common/checks.h"
@@ -14,96 +16,122 @@
 namespace dlops::cuda {
 namespace {
 
-// One output per index: its window's maximum and, where `cells` is not null, the cell it stands in.
-template <class scalar_t, class cell_t>
+// One pack of outputs per index: the maxima of its windows and, where `cells` is not null, the
+// cells they stand in.
+template <class scalar_t, class cell_t, class Packs>
 struct MaxPool2d {
   using value_t = at::opmath_type<scalar_t>;  // holds every scalar_t exactly
   Pool2dGeometry g;
-  bool channels_last;
+  Packs outputs;
   const scalar_t* input;
   scalar_t* output;
   cell_t* cells;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
     using limits = std::numeric_limits<value_t>;
-    const Position at(i, g.C, g.OH * g.OW, channels_last);
-    const Plane plane(at.n, at.c, g.C, g.H * g.W, channels_last);
-    const int64_t row = g.input_row(at.pixel / g.OW, 0), col = g.input_col(at.pixel % g.OW, 0);
+    const Pack at = outputs[i];
+    const int64_t row = g.input_row(at.row, 0), col = g.input_col(at.col, 0);
     const int64_t r_begin = first_offset_inside(row, g.dilation_h);
     const int64_t s_begin = first_offset_inside(col, g.dilation_w);
     const int64_t r_end = offsets_before(row, g.dilation_h, g.kernel_h, g.H);
     const int64_t s_end = offsets_before(col, g.dilation_w, g.kernel_w, g.W);
-    value_t best = limits::has_infinity ? -limits::infinity() : limits::lowest();
-    int64_t cell = r_begin * g.kernel_w + s_begin;
+    value_t best[Packs::width];
+    typename Packs::template Values<cell_t> cell;
+    for (int j = 0; j < Packs::width; ++j) {
+      best[j] = limits::has_infinity ? -limits::infinity() : limits::lowest();
+      cell.of[j] = static_cast<cell_t>(r_begin * g.kernel_w + s_begin);
+    }
+    const int64_t pixels = g.H * g.W, step = outputs.pixel_step();
+    const scalar_t* const plane = input + outputs.start(at, pixels);
+    typename Packs::template Values<scalar_t> values{};
     for (int64_t r = r_begin; r < r_end; ++r) {
       const int64_t pixel = (row + r * g.dilation_h) * g.W + col;
       for (int64_t s = s_begin; s < s_end; ++s) {
-        const auto value = static_cast<value_t>(input[plane[pixel + s * g.dilation_w]]);
-        if (!takes_over(value, best)) continue;
-        best = value;
-        cell = r * g.kernel_w + s;
+        outputs.load(values, plane + (pixel + s * g.dilation_w) * step, at, pixels);
+        const auto number = static_cast<cell_t>(r * g.kernel_w + s);
+        for (int j = 0; j < Packs::width; ++j) {
+          const auto value = static_cast<value_t>(values.of[j]);
+          const bool takes = takes_over(value, best[j]);
+          best[j] = takes ? value : best[j];
+          cell.of[j] = takes ? number : cell.of[j];
+        }
       }
     }
-    output[i] = static_cast<scalar_t>(best);
-    if (cells != nullptr) cells[i] = static_cast<cell_t>(cell);
+    for (int j = 0; j < Packs::width; ++j) values.of[j] = static_cast<scalar_t>(best[j]);
+    const int64_t to =
+        outputs.start(at, g.OH * g.OW) + (at.row * g.OW + at.col) * outputs.pixel_step();
+    outputs.store(values, output + to, at, g.OH * g.OW);
+    if (cells != nullptr) outputs.store(cell, cells + to, at, g.OH * g.OW);
   }
 };
 
-// One output per index: its maximum's position in the H x W plane.
-template <class cell_t>
-struct CellToIndex {
-  Pool2dGeometry g;
-  bool channels_last;
-  const cell_t* cells;
-  int64_t* indices;
-
-  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const int64_t pixel = Position(i, g.C, g.OH * g.OW, channels_last).pixel;
-    indices[i] = g.plane_index(pixel / g.OW, pixel % g.OW, cells[i]);
-  }
-};
-
-// One input per index: the sum of the gradients of the windows that chose it.
-template <class scalar_t, class cell_t>
+// One pack of inputs per index: the sums of the gradients of the windows that chose them.
+template <class scalar_t, class cell_t, class Packs>
 struct Scatter {
   using sum_t = at::opmath_type<scalar_t>;
+  Packs inputs;
+  WindowAxis h, w;
   Pool2dGeometry g;
-  bool channels_last;
   const scalar_t* grad_output;
   const cell_t* cells;
   scalar_t* grad_input;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const Position at(i, g.C, g.H * g.W, channels_last);
-    const Plane outputs(at.n, at.c, g.C, g.OH * g.OW, channels_last);
-    const int64_t h = at.pixel / g.W + g.pad_h, w = at.pixel % g.W + g.pad_w;
-    sum_t sum(0);
-    for_each_window(h, g.kernel_h, g.stride_h, g.dilation_h, g.OH, [&](int64_t oh, int64_t r) {
-      for_each_window(w, g.kernel_w, g.stride_w, g.dilation_w, g.OW, [&](int64_t ow, int64_t s) {
-        const int64_t output = outputs[oh * g.OW + ow];
-        if (static_cast<int64_t>(cells[output]) == r * g.kernel_w + s)
-          sum += static_cast<sum_t>(grad_output[output]);
+    const Pack at = inputs[i];
+    const int64_t pixels = g.OH * g.OW, step = inputs.pixel_step();
+    const int64_t start = inputs.start(at, pixels);
+    sum_t sums[Packs::width] = {};
+    typename Packs::template Values<cell_t> cell{};
+    typename Packs::template Values<scalar_t> grad{};
+    h.for_each_window(at.row + g.pad_h, [&](int64_t oh, int64_t r) {
+      w.for_each_window(at.col + g.pad_w, [&](int64_t ow, int64_t s) {
+        const int64_t output = start + (oh * g.OW + ow) * step;
+        const auto own = static_cast<cell_t>(r * g.kernel_w + s);
+        inputs.load(cell, cells + output, at, pixels);
+        bool any = false;
+        for (int j = 0; j < Packs::width; ++j) any = any || cell.of[j] == own;
+        if (!any) return;
+        inputs.load(grad, grad_output + output, at, pixels);
+        for (int j = 0; j < Packs::width; ++j)
+          sums[j] += cell.of[j] == own ? static_cast<sum_t>(grad.of[j]) : sum_t(0);
       });
     });
-    grad_input[i] = static_cast<scalar_t>(sum);
+    for (int j = 0; j < Packs::width; ++j) grad.of[j] = static_cast<scalar_t>(sums[j]);
+    const int64_t to = inputs.start(at, g.H * g.W) + (at.row * g.W + at.col) * step;
+    inputs.store(grad, grad_input + to, at, g.H * g.W);
+  }
+};
+
+// One output per index: its maximum's position in the H x W plane.
+template <class cell_t, class Packs>
+struct CellToIndex {
+  Pool2dGeometry g;
+  Packs outputs;
+  const cell_t* cells;
+  int64_t* indices;
+
+  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
+    const Pack at = outputs[i];
+    indices[i] = g.plane_index(at.row, at.col, cells[i]);
   }
 };
 
 // One output per index: the input that its window chose.
-template <class bits_t, class cell_t>
+template <class bits_t, class cell_t, class Packs>
 struct Gather {
   Pool2dGeometry g;
-  bool channels_last;
+  Packs outputs;
   const bits_t* input;
   const cell_t* cells;
   bits_t* output;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const Position at(i, g.C, g.OH * g.OW, channels_last);
-    const Plane plane(at.n, at.c, g.C, g.H * g.W, channels_last);
-    const int64_t pixel = g.plane_index(at.pixel / g.OW, at.pixel % g.OW, cells[i]);
+    const Pack at = outputs[i];
+    const int64_t pixel = g.plane_index(at.row, at.col, cells[i]);
     // A dilated window can miss the image altogether; its cell then lies outside.
-    output[i] = 0 <= pixel && pixel < g.H * g.W ? input[plane[pixel]] : bits_t{};
+    const bool inside = 0 <= pixel && pixel < g.H * g.W;
+    const int64_t start = outputs.start(at, g.H * g.W);
+    output[i] = inside ? input[start + pixel * outputs.pixel_step()] : bits_t{};
   }
 };
 
@@ -118,6 +146,28 @@ at::ScalarType cell_dtype(const Pool2dGeometry& g) {
 }
 
 bool is_channels_last(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
+
+// Calls f(Packs) for images of H x W pixels: 4 planes at a time or, in channels_last, as many
+// channels as 16 bytes hold, where the channels and the addresses in `data` allow that.
+template <class scalar_t, class F>
+void with_packs(const Pool2dGeometry& g, int64_t H, int64_t W, at::MemoryFormat format,
+                std::initializer_list<const at::Tensor*> data, const F& f) {
+  constexpr int width = std::min<int>(8, 16 / sizeof(scalar_t));
+  if (!is_channels_last(format)) return f(Packs<4, false>(g.N, g.C, H, W));
+  const bool wide = g.C % width == 0 && std::ranges::all_of(data, [](const at::Tensor* tensor) {
+                      const auto bytes = width * tensor->element_size();
+                      return tensor->numel() == 0 ||
+                             reinterpret_cast<intptr_t>(tensor->const_data_ptr()) % bytes == 0;
+                    });
+  wide ? f(Packs<width, true>(g.N, g.C, H, W)) : f(Packs<1, true>(g.N, g.C, H, W));
+}
+
+// The same, with one element per index.
+template <class F>
+void with_elements(const Pool2dGeometry& g, int64_t H, int64_t W, at::MemoryFormat format,
+                   const F& f) {
+  is_channels_last(format) ? f(Packs<1, true>(g.N, g.C, H, W)) : f(Packs<1, false>(g.N, g.C, H, W));
+}
 
 void check_same_device(const at::Tensor& cells, const at::Tensor& other, const char* name,
                        const char* op) {
@@ -137,10 +187,13 @@ at::Tensor pool(const Pool2dGeometry& g, const at::Tensor& input, at::Tensor* ce
   AT_DISPATCH_ALL_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "max_pool2d", [&] {
     with_cell_type(g, [&](auto cell) {
       using cell_t = decltype(cell);
-      for_each(output.numel(), MaxPool2d<scalar_t, cell_t>{
-                                   g, is_channels_last(format), dense.const_data_ptr<scalar_t>(),
-                                   output.mutable_data_ptr<scalar_t>(),
-                                   cells == nullptr ? nullptr : cells->mutable_data_ptr<cell_t>()});
+      with_packs<scalar_t>(g, g.OH, g.OW, format, {&dense, &output}, [&](auto packs) {
+        for_each(
+            packs.count(),
+            MaxPool2d<scalar_t, cell_t, decltype(packs)>{
+                g, packs, dense.const_data_ptr<scalar_t>(), output.mutable_data_ptr<scalar_t>(),
+                cells == nullptr ? nullptr : cells->mutable_data_ptr<cell_t>()});
+      });
     });
   });
   return output;
@@ -178,9 +231,11 @@ at::Tensor max_pool2d_indices(const at::Tensor& cells, at::IntArrayRef input_siz
   const at::Tensor dense = cells.contiguous(format);
   with_cell_type(g, [&](auto cell) {
     using cell_t = decltype(cell);
-    for_each(indices.numel(),
-             CellToIndex<cell_t>{g, is_channels_last(format), dense.const_data_ptr<cell_t>(),
-                                 indices.mutable_data_ptr<int64_t>()});
+    with_elements(g, g.OH, g.OW, format, [&](auto packs) {
+      for_each(packs.count(),
+               CellToIndex<cell_t, decltype(packs)>{g, packs, dense.const_data_ptr<cell_t>(),
+                                                    indices.mutable_data_ptr<int64_t>()});
+    });
   });
   return indices;
 }
@@ -204,11 +259,15 @@ at::Tensor max_pool2d_scatter(const at::Tensor& grad_output, const at::Tensor& c
       at::kHalf, at::kBFloat16, grad_output.scalar_type(), "max_pool2d_scatter", [&] {
         with_cell_type(g, [&](auto cell) {
           using cell_t = decltype(cell);
-          for_each(grad_input.numel(),
-                   Scatter<scalar_t, cell_t>{g, is_channels_last(format),
-                                             dense.const_data_ptr<scalar_t>(),
-                                             dense_cells.const_data_ptr<cell_t>(),
-                                             grad_input.mutable_data_ptr<scalar_t>()});
+          with_packs<scalar_t>(
+              g, g.H, g.W, format, {&dense, &dense_cells, &grad_input}, [&](auto packs) {
+                for_each(packs.count(),
+                         Scatter<scalar_t, cell_t, decltype(packs)>{
+                             packs, WindowAxis(g.kernel_h, g.stride_h, g.dilation_h, g.OH),
+                             WindowAxis(g.kernel_w, g.stride_w, g.dilation_w, g.OW), g,
+                             dense.const_data_ptr<scalar_t>(), dense_cells.const_data_ptr<cell_t>(),
+                             grad_input.mutable_data_ptr<scalar_t>()});
+              });
         });
       });
   return grad_input;
@@ -231,11 +290,12 @@ at::Tensor max_pool2d_gather(const at::Tensor& input, const at::Tensor& cells,
     with_cell_type(g, [&](auto cell) {
       using bits_t = decltype(bits);
       using cell_t = decltype(cell);
-      for_each(output.numel(),
-               Gather<bits_t, cell_t>{g, is_channels_last(format),
-                                      static_cast<const bits_t*>(dense.const_data_ptr()),
-                                      dense_cells.const_data_ptr<cell_t>(),
-                                      static_cast<bits_t*>(output.mutable_data_ptr())});
+      with_elements(g, g.OH, g.OW, format, [&](auto packs) {
+        for_each(packs.count(), Gather<bits_t, cell_t, decltype(packs)>{
+                                    g, packs, static_cast<const bits_t*>(dense.const_data_ptr()),
+                                    dense_cells.const_data_ptr<cell_t>(),
+                                    static_cast<bits_t*>(output.mutable_data_ptr())});
+      });
     });
   });
   return output;

@@ -129,6 +129,16 @@ def test_op_tests(suite: str, suites: dict[str, Future[subprocess.CompletedProce
     assert int(passed[1]) > 50
 
 
+def test_divider(tmp_path: Path) -> None:
+    """Multiplication in place of division, for indices."""
+    source = TESTS / "gpu" / "host" / "divider.cpp"
+    program = tmp_path / "divider"
+    cxx = os.environ.get("CXX", "g++").split()
+    run([*cxx, "-std=c++20", "-O2", "-I", CSRC, source, "-o", program])
+    result = subprocess.run([program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
 def test_it_is_the_cuda_code_that_ran(package: Path) -> None:
     """The copy registers every op for the CPU key, from csrc/cuda."""
     code = """
