@@ -1,5 +1,5 @@
-// Sigmoid focal loss on CUDA: one pass over the elements each way. The arithmetic is
-// focal_loss_math.h's.
+// Sigmoid focal loss on CUDA: one pass over the elements each way, 16 bytes at a time. The
+// arithmetic is focal_loss_math.h's.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
@@ -7,56 +7,85 @@
 #include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <tuple>
 
 #include "common/cuda_utils.cuh"
 #include "common/focal_checks.h"
+#include "cuda/divider.h"
 #include "cuda/sum.cuh"
 #include "focal_loss_math.h"
 
 namespace dlops::cuda {
 namespace {
 
-// The elements that a kernel works on, as the index of each gives them.
+// One element: its logit, its target, and the alpha of its class (negative: no weighting).
+template <class T>
+struct Element {
+  T x, t, alpha;
+  double gamma;
+
+  DLOPS_HOST_DEVICE bool is_hard() const { return t == 0 || t == 1; }
+  // For a hard target the loss is weight * FL(z), z = sign * x.
+  DLOPS_HOST_DEVICE T sign() const { return t == 1 ? T(-1) : T(1); }
+  DLOPS_HOST_DEVICE T weight() const { return alpha < 0 ? T(1) : t == 1 ? alpha : 1 - alpha; }
+  DLOPS_HOST_DEVICE SigmoidFocal<ScalarMath<T>> hard() const {
+    return {sign() * x, static_cast<T>(gamma)};
+  }
+  // The general formula, in double: its intermediate powers overflow float.
+  DLOPS_HOST_DEVICE SoftSigmoidFocal<double> general() const {
+    return {static_cast<double>(x), static_cast<double>(t), static_cast<double>(alpha), gamma};
+  }
+
+  DLOPS_HOST_DEVICE T loss() const {
+    return is_hard() ? weight() * hard().loss() : static_cast<T>(general().loss);
+  }
+  // The derivatives with respect to the logit.
+  DLOPS_HOST_DEVICE T first() const {
+    return is_hard() ? weight() * sign() * hard().first() : static_cast<T>(general().x);
+  }
+  DLOPS_HOST_DEVICE T second() const {
+    return is_hard() ? weight() * hard().second() : static_cast<T>(general().xx);
+  }
+};
+
+// `width` neighbouring numbers, read and written at once. A null pointer stands for zeros, and for
+// nowhere.
+template <class scalar_t, int width>
+struct alignas(width * sizeof(scalar_t)) Vector {
+  scalar_t of[width];
+
+  DLOPS_HOST_DEVICE static Vector load(const scalar_t* from, int64_t first) {
+    return from == nullptr ? Vector{} : *reinterpret_cast<const Vector*>(from + first);
+  }
+  DLOPS_HOST_DEVICE void store(scalar_t* to, int64_t first) const {
+    if (to != nullptr) *reinterpret_cast<Vector*>(to + first) = *this;
+  }
+};
+
+// The elements that a kernel works on.
 template <class scalar_t>
 struct Elements {
   using T = at::opmath_type<scalar_t>;
   const scalar_t* inputs;
   const scalar_t* targets;
-  const T* class_alpha;  // one for each of `classes`, or null: then alpha serves all
-  int64_t classes;       // the size of the last dimension
+  const T* class_alpha;  // one for each class, or null: then alpha serves all
+  Divider classes;       // the size of the last dimension
   T all_alpha;           // negative: no weighting
   double gamma;
 
-  DLOPS_HOST_DEVICE T target(int64_t i) const { return static_cast<T>(targets[i]); }
-  DLOPS_HOST_DEVICE bool is_hard(int64_t i) const { return target(i) == 0 || target(i) == 1; }
-  DLOPS_HOST_DEVICE T alpha(int64_t i) const {
-    return class_alpha == nullptr ? all_alpha : class_alpha[i % classes];
-  }
-  // For a hard target the loss is weight * FL(z), z = sign * x.
-  DLOPS_HOST_DEVICE T sign(int64_t i) const { return target(i) == 1 ? T(-1) : T(1); }
-  DLOPS_HOST_DEVICE T weight(int64_t i) const {
-    const T a = alpha(i);
-    return a < 0 ? T(1) : target(i) == 1 ? a : 1 - a;
-  }
-  DLOPS_HOST_DEVICE SigmoidFocal<ScalarMath<T>> hard(int64_t i) const {
-    return {sign(i) * static_cast<T>(inputs[i]), static_cast<T>(gamma)};
-  }
-  // The general formula, in double: its intermediate powers overflow float.
-  DLOPS_HOST_DEVICE SoftSigmoidFocal<double> general(int64_t i) const {
-    return {static_cast<double>(inputs[i]), static_cast<double>(targets[i]),
-            static_cast<double>(alpha(i)), gamma};
-  }
-
-  DLOPS_HOST_DEVICE T loss(int64_t i) const {
-    return is_hard(i) ? weight(i) * hard(i).loss() : static_cast<T>(general(i).loss);
-  }
-  // The derivatives with respect to the logit.
-  DLOPS_HOST_DEVICE T first(int64_t i) const {
-    return is_hard(i) ? weight(i) * sign(i) * hard(i).first() : static_cast<T>(general(i).x);
-  }
-  DLOPS_HOST_DEVICE T second(int64_t i) const {
-    return is_hard(i) ? weight(i) * hard(i).second() : static_cast<T>(general(i).xx);
+  // Calls f(j, element) for the elements first + j.
+  template <int width, class F>
+  DLOPS_HOST_DEVICE void for_each(int64_t first, const F& f) const {
+    const auto x = Vector<scalar_t, width>::load(inputs, first);
+    const auto t = Vector<scalar_t, width>::load(targets, first);
+    for (int j = 0; j < width; ++j) {
+      int64_t position = first + j;
+      if (class_alpha != nullptr) classes.split(position);  // leaves the class
+      const T alpha = class_alpha == nullptr ? all_alpha : class_alpha[position];
+      f(j, Element<T>{static_cast<T>(x.of[j]), static_cast<T>(t.of[j]), alpha, gamma});
+    }
   }
 };
 
@@ -67,15 +96,30 @@ struct Upstream {
   bool each;
   double scale;  // the reduction's own factor
 
-  DLOPS_HOST_DEVICE double operator()(int64_t i) const {
-    return each ? static_cast<double>(grad_output[i]) : static_cast<double>(grad_output[0]) * scale;
+  template <int width>
+  DLOPS_HOST_DEVICE Vector<double, width> load(int64_t first) const {
+    Vector<double, width> factors;
+    if (each) {
+      const auto grad = Vector<scalar_t, width>::load(grad_output, first);
+      for (int j = 0; j < width; ++j) factors.of[j] = static_cast<double>(grad.of[j]);
+    } else {
+      for (double& factor : factors.of) factor = static_cast<double>(grad_output[0]) * scale;
+    }
+    return factors;
   }
 };
 
 template <class scalar_t>
 struct Loss {
   Elements<scalar_t> elements;
-  DLOPS_HOST_DEVICE auto operator()(int64_t i) const { return elements.loss(i); }
+
+  template <int width>
+  DLOPS_HOST_DEVICE auto values(int64_t first) const {
+    Vector<at::opmath_type<scalar_t>, width> losses;
+    elements.template for_each<width>(
+        first, [&](int j, const auto& element) { losses.of[j] = element.loss(); });
+    return losses;
+  }
 };
 
 // The loss's tangent. Either tangent may be null, which stands for zero.
@@ -86,12 +130,19 @@ struct Tangent {
   const scalar_t* tangent_inputs;
   const scalar_t* tangent_targets;
 
-  DLOPS_HOST_DEVICE T operator()(int64_t i) const {
-    T result(0);
-    if (tangent_inputs != nullptr) result += elements.first(i) * static_cast<T>(tangent_inputs[i]);
-    if (tangent_targets != nullptr)
-      result += static_cast<T>(elements.general(i).t * static_cast<double>(tangent_targets[i]));
-    return result;
+  template <int width>
+  DLOPS_HOST_DEVICE auto values(int64_t first) const {
+    const auto along_inputs = Vector<scalar_t, width>::load(tangent_inputs, first);
+    const auto along_targets = Vector<scalar_t, width>::load(tangent_targets, first);
+    Vector<T, width> tangents{};
+    elements.template for_each<width>(first, [&](int j, const auto& element) {
+      if (tangent_inputs != nullptr)
+        tangents.of[j] += element.first() * static_cast<T>(along_inputs.of[j]);
+      if (tangent_targets != nullptr)
+        tangents.of[j] +=
+            static_cast<T>(element.general().t * static_cast<double>(along_targets.of[j]));
+    });
+    return tangents;
   }
 };
 
@@ -104,12 +155,19 @@ struct Gradient {
   scalar_t* grad_inputs;
   scalar_t* grad_targets;
 
-  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const double factor = upstream(i);
-    if (grad_inputs != nullptr)
-      grad_inputs[i] = static_cast<scalar_t>(static_cast<T>(factor) * elements.first(i));
-    if (grad_targets != nullptr)
-      grad_targets[i] = static_cast<scalar_t>(factor * elements.general(i).t);
+  template <int width>
+  DLOPS_HOST_DEVICE void run(int64_t first) const {
+    const auto factors = upstream.template load<width>(first);
+    Vector<scalar_t, width> by_input{}, by_target{};
+    elements.template for_each<width>(first, [&](int j, const auto& element) {
+      const double factor = factors.of[j];
+      if (grad_inputs != nullptr)
+        by_input.of[j] = static_cast<scalar_t>(static_cast<T>(factor) * element.first());
+      if (grad_targets != nullptr)
+        by_target.of[j] = static_cast<scalar_t>(factor * element.general().t);
+    });
+    by_input.store(grad_inputs, first);
+    by_target.store(grad_targets, first);
   }
 };
 
@@ -124,24 +182,31 @@ struct GradientTangent {
   scalar_t* grad_inputs;
   scalar_t* grad_targets;
 
-  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    const double factor = upstream(i);
-    const double along_input =
-        tangent_inputs == nullptr ? 0 : static_cast<double>(tangent_inputs[i]);
-    const double along_target =
-        tangent_targets == nullptr ? 0 : static_cast<double>(tangent_targets[i]);
-    if (grad_inputs != nullptr) {
-      double change = 0;
-      if (tangent_inputs != nullptr)
-        change += static_cast<double>(elements.second(i)) * along_input;
-      if (tangent_targets != nullptr) change += elements.general(i).xt * along_target;
-      grad_inputs[i] = static_cast<scalar_t>(factor * change);
-    }
-    if (grad_targets != nullptr) {
-      const SoftSigmoidFocal<double> focal = elements.general(i);
-      grad_targets[i] =
-          static_cast<scalar_t>(factor * (focal.xt * along_input + focal.tt * along_target));
-    }
+  template <int width>
+  DLOPS_HOST_DEVICE void run(int64_t first) const {
+    const auto factors = upstream.template load<width>(first);
+    const auto along_inputs = Vector<scalar_t, width>::load(tangent_inputs, first);
+    const auto along_targets = Vector<scalar_t, width>::load(tangent_targets, first);
+    Vector<scalar_t, width> by_input{}, by_target{};
+    elements.template for_each<width>(first, [&](int j, const auto& element) {
+      const double factor = factors.of[j];
+      const auto along_input = static_cast<double>(along_inputs.of[j]);
+      const auto along_target = static_cast<double>(along_targets.of[j]);
+      if (grad_inputs != nullptr) {
+        double change = 0;
+        if (tangent_inputs != nullptr)
+          change += static_cast<double>(element.second()) * along_input;
+        if (tangent_targets != nullptr) change += element.general().xt * along_target;
+        by_input.of[j] = static_cast<scalar_t>(factor * change);
+      }
+      if (grad_targets != nullptr) {
+        const SoftSigmoidFocal<double> focal = element.general();
+        by_target.of[j] =
+            static_cast<scalar_t>(factor * (focal.xt * along_input + focal.tt * along_target));
+      }
+    });
+    by_input.store(grad_inputs, first);
+    by_target.store(grad_targets, first);
   }
 };
 
@@ -149,7 +214,43 @@ template <class F, class scalar_t>
 struct StoreEach {
   F f;
   scalar_t* to;
-  DLOPS_HOST_DEVICE void operator()(int64_t i) const { to[i] = static_cast<scalar_t>(f(i)); }
+
+  template <int width>
+  DLOPS_HOST_DEVICE void run(int64_t first) const {
+    const auto values = f.template values<width>(first);
+    Vector<scalar_t, width> rounded;
+    for (int j = 0; j < width; ++j) rounded.of[j] = static_cast<scalar_t>(values.of[j]);
+    rounded.store(to, first);
+  }
+};
+
+// The sum of some elements' values.
+template <class F>
+struct SumOf {
+  F f;
+
+  template <int width>
+  DLOPS_HOST_DEVICE double run(int64_t first) const {
+    const auto values = f.template values<width>(first);
+    double sum = 0;
+    for (int j = 0; j < width; ++j) sum += static_cast<double>(values.of[j]);
+    return sum;
+  }
+};
+
+// f for vectors of elements, one per index, and for each of those that are left after them.
+template <class F, int width>
+struct InVectors {
+  F f;
+  int64_t vectors, left;
+
+  InVectors(const F& f, int64_t count)
+      : f(f), vectors(count / width), left(count - vectors * width) {}
+  int64_t count() const { return vectors + left; }
+  DLOPS_HOST_DEVICE auto operator()(int64_t i) const {
+    return i < vectors ? f.template run<width>(i * width)
+                       : f.template run<1>(vectors * width + (i - vectors));
+  }
 };
 
 template <class scalar_t>
@@ -212,7 +313,7 @@ struct Call {
     return {inputs.const_data_ptr<scalar_t>(),
             targets.const_data_ptr<scalar_t>(),
             class_alpha.defined() ? class_alpha.const_data_ptr<T>() : nullptr,
-            inputs.dim() > 0 ? inputs.size(-1) : 1,
+            Divider(inputs.dim() > 0 ? inputs.size(-1) : 1),
             static_cast<T>(alpha),
             gamma};
   }
@@ -220,17 +321,34 @@ struct Call {
   Upstream<scalar_t> upstream(const at::Tensor& grad_output) const {
     return {grad_output.const_data_ptr<scalar_t>(), !reduced(), 1 / divisor()};
   }
-  // f(i) for every element, or their reduction.
+  // Calls g(f, one or several elements per index): as many as 16 bytes hold, where all of `data`
+  // start at a multiple of that.
+  template <class scalar_t, class F, class G>
+  void in_vectors(const F& f, std::initializer_list<at::Tensor> data, const G& g) const {
+    constexpr int width = 16 / sizeof(scalar_t);
+    const bool aligned = std::ranges::all_of(data, [](const at::Tensor& tensor) {
+      return reinterpret_cast<intptr_t>(data_or_null<scalar_t>(tensor)) % 16 == 0;
+    });
+    aligned ? g(InVectors<F, width>(f, count())) : g(InVectors<F, 1>(f, count()));
+  }
+  // f for every element, or the reduction of its values.
   template <class scalar_t, class F>
-  at::Tensor reduce(const F& f) const {
+  at::Tensor reduce(const F& f, std::initializer_list<at::Tensor> data) const {
     at::Tensor result = reduced() ? at::empty({}, inputs.options()) : at::empty_like(inputs);
     scalar_t* to = result.mutable_data_ptr<scalar_t>();
     if (reduced()) {
-      sum(count(), f, StoreSum<scalar_t>{to, divisor()}, inputs.options());
+      in_vectors<scalar_t>(SumOf<F>{f}, data, [&](const auto& sums) {
+        sum(sums.count(), sums, StoreSum<scalar_t>{to, divisor()}, inputs.options());
+      });
     } else {
-      for_each(count(), StoreEach<F, scalar_t>{f, to});
+      each<scalar_t>(StoreEach<F, scalar_t>{f, to}, data);
     }
     return result;
+  }
+  // f for every element.
+  template <class scalar_t, class F>
+  void each(const F& f, std::initializer_list<at::Tensor> data) const {
+    in_vectors<scalar_t>(f, data, [](const auto& vectors) { for_each(vectors.count(), vectors); });
   }
 };
 
@@ -241,7 +359,8 @@ at::Tensor sigmoid_focal_loss(const at::Tensor& inputs, const at::Tensor& target
   const Call call(inputs, targets, class_alpha, alpha, gamma, reduction, op);
   const c10::DeviceGuard guard(inputs.device());
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
-    return call.reduce<scalar_t>(Loss<scalar_t>{call.elements<scalar_t>()});
+    return call.reduce<scalar_t>(Loss<scalar_t>{call.elements<scalar_t>()},
+                                 {call.inputs, call.targets});
   });
 }
 
@@ -256,10 +375,10 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
   at::Tensor grad_inputs = call.empty_grad(output_mask[0]);
   at::Tensor grad_targets = call.empty_grad(output_mask[1]);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
-    for_each(call.count(),
-             Gradient<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),
-                                mutable_data_or_null<scalar_t>(grad_inputs),
-                                mutable_data_or_null<scalar_t>(grad_targets)});
+    call.each<scalar_t>(Gradient<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),
+                                           mutable_data_or_null<scalar_t>(grad_inputs),
+                                           mutable_data_or_null<scalar_t>(grad_targets)},
+                        {call.inputs, call.targets, call.reduced() ? at::Tensor() : grad});
   });
   return {grad_inputs, grad_targets};
 }
@@ -284,9 +403,10 @@ at::Tensor sigmoid_focal_loss_jvp(const std::optional<at::Tensor>& tangent_input
   const at::Tensor along_inputs = call.dense(tangent_inputs, "tangent_inputs");
   const at::Tensor along_targets = call.dense(tangent_targets, "tangent_targets");
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
-    return call.reduce<scalar_t>(Tangent<scalar_t>{call.elements<scalar_t>(),
-                                                   data_or_null<scalar_t>(along_inputs),
-                                                   data_or_null<scalar_t>(along_targets)});
+    return call.reduce<scalar_t>(
+        Tangent<scalar_t>{call.elements<scalar_t>(), data_or_null<scalar_t>(along_inputs),
+                          data_or_null<scalar_t>(along_targets)},
+        {call.inputs, call.targets, along_inputs, along_targets});
   });
 }
 
@@ -304,12 +424,14 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_hvp(
   at::Tensor grad_inputs = call.empty_grad(output_mask[0]);
   at::Tensor grad_targets = call.empty_grad(output_mask[1]);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
-    for_each(call.count(),
-             GradientTangent<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),
-                                       data_or_null<scalar_t>(along_inputs),
-                                       data_or_null<scalar_t>(along_targets),
-                                       mutable_data_or_null<scalar_t>(grad_inputs),
-                                       mutable_data_or_null<scalar_t>(grad_targets)});
+    call.each<scalar_t>(
+        GradientTangent<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),
+                                  data_or_null<scalar_t>(along_inputs),
+                                  data_or_null<scalar_t>(along_targets),
+                                  mutable_data_or_null<scalar_t>(grad_inputs),
+                                  mutable_data_or_null<scalar_t>(grad_targets)},
+        {call.inputs, call.targets, along_inputs, along_targets,
+         call.reduced() ? at::Tensor() : grad});
   });
   return {grad_inputs, grad_targets};
 }
