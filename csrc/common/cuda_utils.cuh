@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 
 #include "common/host_device.h"
 
@@ -60,6 +61,16 @@ const scalar_t* data_or_null(const at::Tensor& tensor) {
 template <class scalar_t>
 scalar_t* mutable_data_or_null(const at::Tensor& tensor) {
   return tensor.defined() && tensor.numel() > 0 ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+// Whether `width` neighbours of `channels` can be read and written at once in all these tensors.
+inline bool are_aligned(int64_t channels, int64_t width,
+                        std::initializer_list<const at::Tensor*> data) {
+  return channels % width == 0 && std::ranges::all_of(data, [&](const at::Tensor* tensor) {
+           const auto bytes = width * static_cast<int64_t>(tensor->element_size());
+           return tensor->numel() == 0 ||
+                  reinterpret_cast<intptr_t>(tensor->const_data_ptr()) % bytes == 0;
+         });
 }
 
 // -------------------------------------------------------------------------------------- copies

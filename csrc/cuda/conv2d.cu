@@ -219,6 +219,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
   at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW},
                                 input.options().memory_format(memory_format(input, weight)));
   if (output.numel() == 0) return output;
+  if (takes_depthwise(input, g)) {
+    depthwise_conv2d(g, input, weight, bias, output);
+    return output;
+  }
   if (takes_implicit_gemm(input, g)) {
     implicit_conv2d(g, input, weight, bias, output);
     return output;
@@ -275,6 +279,10 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   const at::MemoryFormat format = memory_format(grad_output, weight);
   at::Tensor grad_input = at::empty(input_size, grad_output.options().memory_format(format));
   if (grad_input.numel() == 0) return grad_input;
+  if (takes_depthwise(grad_output, g)) {
+    depthwise_grad_input(g, grad_output, weight, grad_input);
+    return grad_input;
+  }
   if (takes_implicit_gemm(grad_output, g)) {
     implicit_grad_input(g, grad_output, weight, grad_input);
     return grad_input;
@@ -324,6 +332,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
                 grad_output.options().memory_format(memory_format(input, grad_output)));
   if (grad_weight.numel() == 0) return grad_weight;
   if (g.N == 0) return grad_weight.zero_();
+  if (takes_depthwise(grad_output, g)) {
+    depthwise_grad_weight(g, grad_output, input, grad_weight);
+    return grad_weight;
+  }
   if (takes_implicit_gemm(grad_output, g)) {
     implicit_grad_weight(g, grad_output, input, grad_weight);
     return grad_weight;

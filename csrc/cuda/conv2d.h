@@ -1,5 +1,5 @@
-// What the two ways of convolving on CUDA share: conv2d.cu (im2col and the library's product) and
-// conv2d_implicit.cu (implicit GEMM on the tensor cores).
+// What the ways of convolving on CUDA share: conv2d.cu (im2col and the library's product),
+// conv2d_implicit.cu (implicit GEMM on the tensor cores) and conv2d_depthwise.cu.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,8 +16,11 @@ namespace dlops::cuda {
 #endif
 constexpr int64_t kWorkspaceBytes = DLOPS_WORKSPACE_BYTES;
 
-// Whether implicit GEMM is asked for (DLOPS_CUDA_CONV2D=implicit_gemm) and serves this dtype,
-// device and size.
+// Whether the ways without a column matrix are asked for: DLOPS_CUDA_CONV2D=implicit_gemm.
+bool asks_for_implicit_gemm();
+
+// Whether a way is asked for and serves this dtype, device and geometry.
+bool takes_depthwise(const at::Tensor& tensor, const Conv2dGeometry& g);
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g);
 
 // Each writes all of its last argument, which is not empty.
@@ -27,5 +30,12 @@ void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input);
 void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                           const at::Tensor& input, const at::Tensor& grad_weight);
+
+void depthwise_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
+                      const std::optional<at::Tensor>& bias, const at::Tensor& output);
+void depthwise_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                          const at::Tensor& weight, const at::Tensor& grad_input);
+void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                           const at::Tensor& input, const at::Tensor& grad_weight);
 
 }  // namespace dlops::cuda

@@ -1,5 +1,6 @@
 // Convolution as implicit GEMM on the tensor cores (implicit_gemm.cuh): bfloat16, float16, and
-// float32 where torch's switch allows TF32. Tensors that are not channels_last are reordered first.
+// float32 where torch's switch allows TF32. Factors that are not channels_last are reordered first;
+// results are written where they belong, in either memory format.
 //
 // The gradient of the input is a convolution of grad_output for each residue of the input's rows
 // and columns modulo the stride: the rows h = a + stride * i meet the kernel rows r for which a +
@@ -32,14 +33,6 @@ bool has_tensor_cores() {
 #endif
 }
 
-bool is_asked_for() {
-  const char* const choice = std::getenv("DLOPS_CUDA_CONV2D");
-  const std::string_view value = choice == nullptr ? "im2col" : choice;
-  TORCH_CHECK_VALUE(value == "im2col" || value == "implicit_gemm",
-                    "DLOPS_CUDA_CONV2D must be im2col (the default) or implicit_gemm, got ", value);
-  return value == "implicit_gemm";
-}
-
 bool has_dtype(const at::Tensor& tensor) {
   const at::ScalarType dtype = tensor.scalar_type();
   return dtype == at::kBFloat16 || dtype == at::kHalf ||
@@ -61,16 +54,6 @@ bool fits(const Conv2dGeometry& g) {
 
 at::Tensor channels_last(const at::Tensor& tensor) {
   return tensor.contiguous(at::MemoryFormat::ChannelsLast);
-}
-
-// Calls f with the channels_last tensor that `result` is to be copied from, or that it is.
-template <class F>
-void write_channels_last(const at::Tensor& result, const F& f) {
-  if (result.is_contiguous(at::MemoryFormat::ChannelsLast)) return f(result);
-  const at::Tensor target =
-      at::empty(result.sizes(), result.options().memory_format(at::MemoryFormat::ChannelsLast));
-  f(target);
-  result.copy_(target);
 }
 
 // Calls f(scalar_t()).
@@ -219,10 +202,10 @@ void grad_input_of_residue(const Conv2dGeometry& g, const Residue& h, const Resi
   turned_around.pad_left = w.pad;
   turned_around.dilation_h = h.dilation;
   turned_around.dilation_w = w.dilation;
-  const int64_t row = g.W * g.C;
-  launch_conv2d(
-      turned_around, grad_output, turned, at::Tensor(), grad_input,
-      OutputPlace{h.first * row + w.first * g.C, g.H * row, g.stride_h * row, g.stride_w * g.C});
+  launch_conv2d(turned_around, grad_output, turned, at::Tensor(), grad_input,
+                OutputPlace{h.first * grad_input.stride(2) + w.first * grad_input.stride(3),
+                            grad_input.stride(0), grad_input.stride(1),
+                            g.stride_h * grad_input.stride(2), g.stride_w * grad_input.stride(3)});
 }
 
 // -------------------------------------------------------------------- the gradient of the weight
@@ -274,31 +257,35 @@ void launch_grad_weight(Tiles tiles, const Conv2dGeometry& g, const at::Tensor& 
 
 }  // namespace
 
+bool asks_for_implicit_gemm() {
+  const char* const choice = std::getenv("DLOPS_CUDA_CONV2D");
+  const std::string_view value = choice == nullptr ? "im2col" : choice;
+  TORCH_CHECK_VALUE(value == "im2col" || value == "implicit_gemm",
+                    "DLOPS_CUDA_CONV2D must be im2col (the default) or implicit_gemm, got ", value);
+  return value == "implicit_gemm";
+}
+
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
-  return is_asked_for() && has_dtype(tensor) && fits(g) && has_tensor_cores();
+  return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_tensor_cores();
 }
 
 void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                      const std::optional<at::Tensor>& bias, const at::Tensor& output) {
   const at::Tensor dense_bias =
       bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
-  const int64_t row = g.OW * g.O;
-  write_channels_last(output, [&](const at::Tensor& target) {
-    launch_conv2d(g, channels_last(input), weight.permute({0, 2, 3, 1}).contiguous(), dense_bias,
-                  target, OutputPlace{0, g.OH * row, row, g.O});
-  });
+  launch_conv2d(
+      g, channels_last(input), weight.permute({0, 2, 3, 1}).contiguous(), dense_bias, output,
+      OutputPlace{0, output.stride(0), output.stride(1), output.stride(2), output.stride(3)});
 }
 
 void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
   const at::Tensor grad = channels_last(grad_output);
-  write_channels_last(grad_input, [&](const at::Tensor& target) {
-    for (int64_t a = 0; a < std::min(g.stride_h, g.H); ++a)
-      for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b)
-        grad_input_of_residue(g, Residue(a, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h),
-                              Residue(b, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w), grad,
-                              weight, target);
-  });
+  for (int64_t a = 0; a < std::min(g.stride_h, g.H); ++a)
+    for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b)
+      grad_input_of_residue(g, Residue(a, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h),
+                            Residue(b, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w), grad,
+                            weight, grad_input);
 }
 
 void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

@@ -1,7 +1,7 @@
 // Tiles of the products that a convolution is, multiplied by the tensor cores (16-bit numbers, or
 // float32 as TF32), whose column matrix exists in shared memory alone.
 //
-// Everything is channels_last. A tile's rows lie in shared memory as 128 bytes, in chunks of 16
+// What is read is channels_last. A tile's rows lie in shared memory as 128 bytes, in chunks of 16
 // whose places are permuted from row to row, so that neither the copies nor the reads of eight rows
 // meet in a bank. Several stages of tiles arrive while one is multiplied.
 #pragma once
@@ -84,11 +84,46 @@ struct Tile {
   static constexpr int kRow = kChunks * kChunk;
 };
 
+// What a warp multiplies: `rows` x 32 sums, as products of 16 x 8.
+template <class scalar_t, int rows>
+struct WarpProducts {
+  static constexpr int M = rows / 16, N = 4;
+  struct Fragments {
+    uint32_t a[M][4], b[N][2];
+  };
+  struct Sums {
+    float values[M][N][4];
+  };
+
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void add(Block& block, int warp, F& fragments, S& sums) {
+    DLOPS_UNROLL
+    for (int i = 0; i < M * N; ++i) {
+      const int m = i / N, n = i % N;
+      block.template multiply_add<scalar_t>(
+          warp, [&](int thread) { return sums[thread].values[m][n]; },
+          [&](int thread) { return fragments[thread].a[m]; },
+          [&](int thread) { return fragments[thread].b[n]; });
+    }
+  }
+
+  // Calls f(row, column, sum) for the sums that a thread of the warp holds.
+  template <class F>
+  DLOPS_DEVICE static void for_each(const Sums& sums, int lane, const F& f) {
+    DLOPS_UNROLL
+    for (int i = 0; i < M * N * 4; ++i) {
+      const int m = i / (N * 4), n = i / 4 % N, place = i % 4;
+      f(m * 16 + place / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + place % 2,
+        sums.values[m][n][place]);
+    }
+  }
+};
+
 // ------------------------------------------------------------------------------- the convolution
 
-// Where the outputs go: output pixel (n, oh, ow), channel o of group 0.
+// Where the outputs go, in any memory format: the first one, and the steps to the next.
 struct OutputPlace {
-  int64_t start, image, row, col;
+  int64_t start, image, channel, row, col;
   DLOPS_DEVICE int64_t operator()(const OutputPixel& at) const {
     return start + at.n * image + at.oh * row + at.ow * col;
   }
@@ -102,7 +137,10 @@ struct Conv2dTiles : Tile<scalar_t> {
   static constexpr int kSharedBytes = T::kStages * (kPixels + kOutputs) * T::kRowBytes;
   static constexpr int kWarpColumns = kOutputs / 32, kWarpRows = T::kWarps / kWarpColumns;
   static constexpr int kRowsOfWarp = kPixels / kWarpRows;
-  static constexpr int M = kRowsOfWarp / 16, N = 4;  // products of 16 x 8 a warp
+  using Products = WarpProducts<scalar_t, kRowsOfWarp>;
+  using Fragments = typename Products::Fragments;
+  using Sums = typename Products::Sums;
+  static constexpr int M = Products::M, N = Products::N;
   static_assert(M >= 1 && M * 16 * kWarpRows == kPixels);
   static constexpr int kParts = 16 / copy_bytes, kPart = copy_bytes / sizeof(scalar_t);
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
@@ -122,12 +160,6 @@ struct Conv2dTiles : Tile<scalar_t> {
   struct Windows {
     const scalar_t* start[kPixelRows];
     int ih[kPixelRows], iw[kPixelRows];
-  };
-  struct Fragments {
-    uint32_t a[M][4], b[N][2];
-  };
-  struct Sums {
-    float values[M][N][4];
   };
 
   DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* tile, int row, int chunk) {
@@ -201,13 +233,7 @@ struct Conv2dTiles : Tile<scalar_t> {
               return chunk_at(tile, output + n * 8 + lane / 16 * 8 + lane % 8,
                               step * 2 + lane / 8 % 2);
             });
-      DLOPS_UNROLL
-      for (int m = 0; m < M; ++m) DLOPS_UNROLL
-      for (int n = 0; n < N; ++n)
-        block.template multiply_add<scalar_t>(
-            warp, [&](int thread) { return sums[thread].values[m][n]; },
-            [&](int thread) { return fragments[thread].a[m]; },
-            [&](int thread) { return fragments[thread].b[n]; });
+      Products::add(block, warp, fragments, sums);
     }
   }
 
@@ -215,23 +241,18 @@ struct Conv2dTiles : Tile<scalar_t> {
   DLOPS_DEVICE void store(const Sums& sums, int thread, int64_t first_pixel, int first_output,
                           int group) const {
     const int warp = thread / 32, lane = thread % 32;
+    const int64_t pixel = first_pixel + warp / kWarpColumns * kRowsOfWarp + lane / 4;
+    int64_t to[M * 2];  // of rows lane / 4, and every eighth from there on
     DLOPS_UNROLL
-    for (int m = 0; m < M; ++m) DLOPS_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int64_t pixel =
-          first_pixel + warp / kWarpColumns * kRowsOfWarp + m * 16 + half * 8 + lane / 4;
-      if (pixel >= conv.pixels()) continue;
-      const int64_t to = place(OutputPixel(conv, pixel)) + static_cast<int64_t>(group) * conv.O;
-      DLOPS_UNROLL
-      for (int n = 0; n < N; ++n) DLOPS_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const int o = first_output + warp % kWarpColumns * 32 + n * 8 + lane % 4 * 2 + i;
-        if (o >= conv.O) continue;
-        float value = sums.values[m][n][half * 2 + i];
-        if (bias != nullptr) value += static_cast<float>(bias[group * conv.O + o]);
-        output[to + o] = static_cast<scalar_t>(value);
-      }
-    }
+    for (int i = 0; i < M * 2; ++i)
+      to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
+    Products::for_each(sums, lane, [&](int row, int column, float sum) {
+      const int o = first_output + warp % kWarpColumns * 32 + column;
+      if (to[row / 8] < 0 || o >= conv.O) return;
+      const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
+      if (bias != nullptr) sum += static_cast<float>(bias[channel]);
+      output[to[row / 8] + channel * place.channel] = static_cast<scalar_t>(sum);
+    });
   }
 
   template <class Block>
@@ -291,7 +312,10 @@ struct GradWeightTiles : Tile<scalar_t> {
   static constexpr int kSharedBytes = T::kStages * kStageBytes;
   static constexpr int kWarpColumns = kColumns / 32, kWarpRows = T::kWarps / kWarpColumns;
   static constexpr int kRowsOfWarp = kOutputs / kWarpRows;
-  static constexpr int M = kRowsOfWarp / 16, N = 4;
+  using Products = WarpProducts<scalar_t, kRowsOfWarp>;
+  using Fragments = typename Products::Fragments;
+  using Sums = typename Products::Sums;
+  static constexpr int M = Products::M, N = Products::N;
   static_assert(M >= 1 && M * 16 * kWarpRows == kOutputs);
   static constexpr int kParts = 16 / copy_bytes, kPart = copy_bytes / sizeof(scalar_t);
   static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
@@ -310,12 +334,6 @@ struct GradWeightTiles : Tile<scalar_t> {
     return parts() * conv.groups * output_tiles() * column_tiles();
   }
 
-  struct Fragments {
-    uint32_t a[M][4], b[N][2];
-  };
-  struct Sums {
-    float values[M][N][4];
-  };
   // The tile's place.
   struct Place {
     int first_output, first_column, group;
@@ -337,13 +355,15 @@ struct GradWeightTiles : Tile<scalar_t> {
     const int chunk = thread % chunks;
     const int64_t step = static_cast<int64_t>(conv.groups) * conv.O;  // to the next pixel
     DLOPS_UNROLL
-    for (int row = thread / chunks; row < kPixels; row += rows) DLOPS_UNROLL
-    for (int part = 0; part < kParts; ++part) {
-      const int o = place.first_output + chunk * T::kChunk + part * kPart;
-      block.template copy<copy_bytes>(
-          chunk_at(panels, row, chunk) + part * copy_bytes,
-          grad_output + (pixel + row) * step + static_cast<int64_t>(place.group) * conv.O + o,
-          o < conv.O && pixel + row < place.end_pixel);
+    for (int row = thread / chunks; row < kPixels; row += rows) {
+      DLOPS_UNROLL
+      for (int part = 0; part < kParts; ++part) {
+        const int o = place.first_output + chunk * T::kChunk + part * kPart;
+        block.template copy<copy_bytes>(
+            chunk_at(panels, row, chunk) + part * copy_bytes,
+            grad_output + (pixel + row) * step + static_cast<int64_t>(place.group) * conv.O + o,
+            o < conv.O && pixel + row < place.end_pixel);
+      }
     }
   }
 
@@ -414,29 +434,20 @@ struct GradWeightTiles : Tile<scalar_t> {
       for (int n = 0; n < N; n += 2)
         load(block, warp, columns, pixel, column + n * 8, true,
              [&](int thread) { return &fragments[thread].b[n][0]; });
-      DLOPS_UNROLL
-      for (int m = 0; m < M; ++m) DLOPS_UNROLL
-      for (int n = 0; n < N; ++n)
-        block.template multiply_add<scalar_t>(
-            warp, [&](int thread) { return sums[thread].values[m][n]; },
-            [&](int thread) { return fragments[thread].a[m]; },
-            [&](int thread) { return fragments[thread].b[n]; });
+      Products::add(block, warp, fragments, sums);
     }
   }
 
   DLOPS_DEVICE void store(const Sums& values, int thread, const Place& place, int64_t part) const {
-    const int warp = thread / 32, lane = thread % 32;
+    const int warp = thread / 32;
     const int K = conv.column_rows();
     float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
-    DLOPS_UNROLL
-    for (int m = 0; m < M; ++m) DLOPS_UNROLL
-    for (int n = 0; n < N; ++n) DLOPS_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int o =
-          place.first_output + warp / kWarpColumns * kRowsOfWarp + m * 16 + i / 2 * 8 + lane / 4;
-      const int k = place.first_column + warp % kWarpColumns * 32 + n * 8 + lane % 4 * 2 + i % 2;
-      if (o < conv.O && k < K) to[static_cast<int64_t>(o) * K + k] = values.values[m][n][i];
-    }
+    const int first_output = place.first_output + warp / kWarpColumns * kRowsOfWarp;
+    const int first_column = place.first_column + warp % kWarpColumns * 32;
+    Products::for_each(values, thread % 32, [&](int row, int column, float sum) {
+      const int o = first_output + row, k = first_column + column;
+      if (o < conv.O && k < K) to[static_cast<int64_t>(o) * K + k] = sum;
+    });
   }
 
   template <class Block>

@@ -154,12 +154,8 @@ void with_packs(const Pool2dGeometry& g, int64_t H, int64_t W, at::MemoryFormat 
                 std::initializer_list<const at::Tensor*> data, const F& f) {
   constexpr int width = std::min<int>(8, 16 / sizeof(scalar_t));
   if (!is_channels_last(format)) return f(Packs<4, false>(g.N, g.C, H, W));
-  const bool wide = g.C % width == 0 && std::ranges::all_of(data, [](const at::Tensor* tensor) {
-                      const auto bytes = width * tensor->element_size();
-                      return tensor->numel() == 0 ||
-                             reinterpret_cast<intptr_t>(tensor->const_data_ptr()) % bytes == 0;
-                    });
-  wide ? f(Packs<width, true>(g.N, g.C, H, W)) : f(Packs<1, true>(g.N, g.C, H, W));
+  are_aligned(g.C, width, data) ? f(Packs<width, true>(g.N, g.C, H, W))
+                                : f(Packs<1, true>(g.N, g.C, H, W));
 }
 
 // The same, with one element per index.

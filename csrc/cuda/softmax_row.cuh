@@ -35,13 +35,11 @@ struct FocalArgs {
   DLOPS_HOST_DEVICE bool is_class(int64_t label) const { return 0 <= label && label < classes; }
 };
 
-// What one pass over a row finds out: the largest logit, and the sum of exp(x - max) over the other
-// classes. Leaving out the largest keeps every digit of a probability near 1 and of its complement.
-// Sums over a row are in double: one thread may add up thousands of terms.
+// A row's largest logit: the first of equal ones, whatever the order of the members. A NaN stays
+// where it comes first, and else makes itself felt in the sum of exponentials.
 template <class T>
 struct RowMax {
   T max;
-  double others;
   int64_t argmax;  // -1: no class yet
 };
 
@@ -50,16 +48,7 @@ struct Larger {
   DLOPS_HOST_DEVICE RowMax<T> operator()(RowMax<T> a, RowMax<T> b) const {
     if (a.argmax < 0) return b;
     if (b.argmax < 0) return a;
-    // The first of equal logits, whatever the order of the members.
-    if (b.max > a.max || (b.max == a.max && b.argmax < a.argmax)) {
-      const RowMax<T> smaller = a;
-      a = b;
-      b = smaller;
-    }
-    // Equal ones may both be -inf, whose difference is NaN.
-    const T scale = b.max == a.max ? T(1) : ScalarMath<T>::exp(b.max - a.max);
-    a.others += (1 + b.others) * static_cast<double>(scale);
-    return a;
+    return b.max > a.max || (b.max == a.max && b.argmax < a.argmax) ? b : a;
   }
 };
 
@@ -118,7 +107,8 @@ struct Row {
   DLOPS_HOST_DEVICE void for_each_class(const F& f) const {
     for (int64_t c = team.rank(); c < args.classes; c += Team::size) f(c);
   }
-  // f(0) + ... + f(classes - 1), known to every member; so all of them must take part.
+  // f(0) + ... + f(classes - 1), known to every member; so all of them must take part. In double:
+  // one thread may add up thousands of terms.
   template <class F>
   DLOPS_HOST_DEVICE T sum(const F& f) const {
     double total = 0;
@@ -160,13 +150,19 @@ struct Row {
   // ---------------------------------------------------------------------------------- softmax
 
   DLOPS_HOST_DEVICE void find_softmax() {
-    RowMax<T> found{T(0), 0, -1};
-    for_each_class([&](int64_t c) { found = Larger()(found, RowMax<T>{at(args.input, c), 0, c}); });
+    // Two passes, the second out of the cache: rescaling the sum whenever a larger logit comes
+    // costs more instructions an element than memory leaves time for.
+    RowMax<T> found{T(0), -1};
+    for_each_class([&](int64_t c) { found = Larger()(found, RowMax<T>{at(args.input, c), c}); });
     found = team.reduce(found, Larger());
     max = found.max;
     argmax = found.argmax;
-    // NaN where the row has no softmax: its largest logit is infinite or NaN.
-    const T others = static_cast<T>(found.others) + (max - max);
+    // Leaving out the largest keeps every digit of a probability near 1 and of its complement. NaN
+    // where the row has no softmax: its largest logit is infinite or NaN.
+    const T others = sum([&](int64_t c) {
+                       return c == argmax ? T(0) : ScalarMath<T>::exp(at(args.input, c) - max);
+                     }) +
+                     (max - max);
     log_sum = ScalarMath<T>::log1p(others);
     inverse = 1 / (1 + others);
     complement = others * inverse;

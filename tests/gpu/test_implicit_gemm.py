@@ -1,5 +1,6 @@
-"""Implicit GEMM on the tensor cores: exact on small integers wherever its tiles end, and as near to
-the truth as native.
+"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm: implicit GEMM on the tensor
+cores and depthwise kernels, exact on small integers wherever tiles end, and as near to the truth as
+native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
 """
@@ -52,6 +53,14 @@ TILES = [
     Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
     Conv2dCase("first_layer_bytes", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
 ]
+# Without products: vectors of channels, four planes at a time and what is left of them.
+DEPTHWISE = [
+    Conv2dCase("depthwise_vectors", (3, 24, 9, 10), (24, 1, 3, 3), padding=1, groups=24),
+    Conv2dCase("depthwise_left_over", (1, 7, 9, 10), (7, 1, 5, 3), padding=(3, 0), groups=7),
+    Conv2dCase("depthwise_outputs", (2, 8, 9, 8), (24, 1, 3, 3), (2, 1), 1, groups=8),
+    Conv2dCase("depthwise_sparse", (2, 16, 15, 14), (16, 1, 3, 2), (4, 2), 3, (2, 3), 16),
+]
+CASES = [*CONV2D, *TILES, *DEPTHWISE]
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +96,7 @@ def check_rounded_once(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> 
 @pytest.mark.exact
 @dtypes
 @parametrize("layout", ["contiguous", "channels_last", "sliced"])
-@parametrize("case", [*CONV2D, *TILES], ids=ids)
+@parametrize("case", CASES, ids=ids)
 def test_exact_on_small_integers(case: Conv2dCase, layout: str, dtype: torch.dtype) -> None:
     problem = conv2d(case, small_integers)
     image, *others = problem.inputs
@@ -107,7 +116,7 @@ def test_exact_on_any_shape(multiple: int, dtype: torch.dtype, data: st.DataObje
 
 @pytest.mark.native
 @parametrize("dtype", LOW_PRECISION, ids=ids)
-@parametrize("case", [*CONV2D, *TILES], ids=ids)
+@parametrize("case", CASES, ids=ids)
 def test_as_near_to_the_truth_as_native(case: Conv2dCase, dtype: torch.dtype) -> None:
     problem = conv2d(case)
     inputs = cast(problem.inputs, dtype)
@@ -158,9 +167,10 @@ def test_same_bits_on_every_run(dtype: torch.dtype) -> None:
 
 @pytest.mark.native
 @parametrize("dtype", [torch.float32, torch.float64], ids=ids)
-def test_all_digits_where_they_are_asked_for(dtype: torch.dtype) -> None:
+@parametrize("case", [TILES[0], *DEPTHWISE], ids=ids)
+def test_all_digits_where_they_are_asked_for(case: Conv2dCase, dtype: torch.dtype) -> None:
     torch.set_float32_matmul_precision("highest")
-    problem = conv2d(TILES[0])
+    problem = conv2d(case)
     inputs = cast(problem.inputs, dtype)
     truth = values_and_gradients(problem.native, cast(inputs, torch.float64), dtype)
     for name, result in values_and_gradients(problem.ours, on_device(inputs)).items():
