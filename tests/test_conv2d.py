@@ -360,6 +360,28 @@ def conv2d_cases(
     )
 
 
+@st.composite
+def large_conv2d_cases(draw: st.DrawFn) -> Conv2dCase:
+    """Images of many rows, which are cut into strips, under kernels that reach past one."""
+
+    def pair(values: st.SearchStrategy[int]) -> tuple[int, int]:
+        return draw(values), draw(values)
+
+    kernel, dilation = pair(st.integers(1, 5)), pair(st.sampled_from([1, 1, 2, 6, 13]))
+    padding = pair(st.integers(0, 14))
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    image = [max(size, draw(st.integers(12, 70))) for size in least]
+    channels, outputs = pair(st.sampled_from([1, 3, 8, 16, 33, 64]))
+    return Conv2dCase(
+        "drawn",
+        (draw(sizes(2)), channels, *image),
+        (outputs, channels, *kernel),
+        stride=pair(st.integers(1, 2)),
+        padding=padding,
+        dilation=dilation,
+    )
+
+
 def inner(x: Tensor, y: Tensor) -> float:
     return (comparable(x) * comparable(y)).sum().item()
 
@@ -391,6 +413,17 @@ def test_equals_native(case: Conv2dCase) -> None:
     check_exact(*both(case), case.tensors(small_integers), torch.float32)
 
 
+def check_rounded_once(case: Conv2dCase, layout: Any, dtype: torch.dtype) -> None:
+    input, weight, bias = case.tensors(small_integers)
+    inputs = [layout(input), layout(weight), bias]
+    ours, native = both(case)
+    truth = values_and_gradients(native, inputs, dtype, fill=small_integers)
+    for name, result in values_and_gradients(
+        ours, cast(inputs, dtype), fill=small_integers
+    ).items():
+        assert torch.equal(result, truth[name].to(dtype)), f"{name} in {dtype}"
+
+
 @pytest.mark.property
 @parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=ids)
 @settings(max_examples=40)
@@ -401,11 +434,14 @@ def test_equals_native(case: Conv2dCase) -> None:
 def test_sums_are_rounded_once(case: Conv2dCase, layout: Any, dtype: torch.dtype) -> None:
     """Sums of small integers are exact before they are rounded, in every kernel and for every
     remainder that its tiles leave."""
-    input, weight, bias = case.tensors(small_integers)
-    inputs = [layout(input), layout(weight), bias]
-    ours, native = both(case)
-    truth = values_and_gradients(native, inputs, dtype, fill=small_integers)
-    for name, result in values_and_gradients(
-        ours, cast(inputs, dtype), fill=small_integers
-    ).items():
-        assert torch.equal(result, truth[name].to(dtype)), f"{name} in {dtype}"
+    check_rounded_once(case, layout, dtype)
+
+
+@pytest.mark.property
+@parametrize("dtype", [torch.float32, torch.bfloat16], ids=ids)
+@settings(max_examples=100)
+@given(case=large_conv2d_cases(), layout=st.sampled_from([torch.Tensor.contiguous, channels_last]))
+def test_sums_over_strips_are_rounded_once(
+    case: Conv2dCase, layout: Any, dtype: torch.dtype
+) -> None:
+    check_rounded_once(case, layout, dtype)
