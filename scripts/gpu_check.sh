@@ -15,8 +15,8 @@
 # dtype, the benchmarks' table as JSON and picture.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-python=${PYTHON:-python3}
-out=${OUT:-$root/benchmarks/results}
+python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
+out=$(realpath -m "${OUT:-$root/benchmarks/results}")
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
 wanted=${*:-build tests sanitizers benchmarks}
@@ -77,7 +77,7 @@ check_sanitizer() {
   echo "..."
   tail -n 5 "$log"
   grep -q "sanitize: done" "$log" && grep -q "ERROR SUMMARY\|RACECHECK SUMMARY" "$log" &&
-    ! grep -q "dlops::" "$log"
+    ! grep -v "Host Frame" "$log" | grep -q "dlops::"
 }
 
 summary() {
@@ -141,6 +141,9 @@ if wants tests; then
   step gpu_agreement 280 bash -c \
     'run_pytest gpu_agreement "$root/tests/gpu/test_agreement.py" -k "not test_native"' &
   step gpu_implicit_gemm 280 bash -c 'run_pytest gpu_implicit_gemm "$root/tests/gpu/test_implicit_gemm.py"' &
+  step gpu_modes 280 bash -c 'run_pytest gpu_modes "$root/tests/gpu/test_modes.py"' &
+  DLOPS_CUDA_CONV2D=implicit_gemm step gpu_execution_implicit_gemm 280 bash -c \
+    'run_pytest gpu_execution_implicit_gemm "$root/tests/gpu/test_execution.py" -k conv' &
   step gpu_execution 280 bash -c 'run_pytest gpu_execution "$root/tests/gpu/test_execution.py"' &
   for name in conv2d unfold max_pool2d sigmoid_focal_loss focal_loss; do
     step "cpu_$name" 280 bash -c "run_pytest cpu_$name \"\$root/tests/test_$name.py\"" &
@@ -164,7 +167,8 @@ if wants benchmarks; then
   DLOPS_CUDA_CONV2D=implicit_gemm benchmark bfloat16-implicit-gemm --dtype bfloat16 --only conv2d
 fi
 
-for log in "$logs"/*.log; do
+for log in "$logs"/*.log "$logs"/sanitizer_*.txt; do
+  [ -f "$log" ] || continue
   printf '\n======== %s\n' "$(basename "$log" .log)"
   tail -c 60000 "$log"
 done > "$out/gpu_check.log"

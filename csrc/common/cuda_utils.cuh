@@ -23,6 +23,12 @@
 #include "host_launch.h"
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define DLOPS_UNROLL _Pragma("unroll")
+#else
+#define DLOPS_UNROLL
+#endif
+
 namespace dlops::cuda {
 
 #if defined(__CUDACC__)

@@ -10,7 +10,6 @@
 
 #if defined(__CUDACC__)
 #define DLOPS_DEVICE __device__ __forceinline__
-#define DLOPS_UNROLL _Pragma("unroll")
 
 namespace dlops::cuda {
 
@@ -130,7 +129,8 @@ class Block {
 };
 
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::kThreads) for_each_tile_kernel(const Tiles tiles) {
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
+    for_each_tile_kernel(const Tiles tiles) {
   extern __shared__ __align__(128) unsigned char shared[];
   Block block;
   for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
@@ -156,5 +156,4 @@ void for_each_tile(const Tiles& tiles) {
 
 #else
 #define DLOPS_DEVICE inline
-#define DLOPS_UNROLL
 #endif

@@ -283,7 +283,7 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
     depthwise_grad_input(g, grad_output, weight, grad_input);
     return grad_input;
   }
-  if (takes_implicit_gemm(grad_output, g)) {
+  if (takes_implicit_grad_input(grad_output, g)) {
     implicit_grad_input(g, grad_output, weight, grad_input);
     return grad_input;
   }

@@ -22,6 +22,7 @@ bool asks_for_implicit_gemm();
 // Whether a way is asked for and serves this dtype, device and geometry.
 bool takes_depthwise(const at::Tensor& tensor, const Conv2dGeometry& g);
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g);
+bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g);
 
 // Each writes all of its last argument, which is not empty.
 void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,

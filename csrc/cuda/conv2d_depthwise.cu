@@ -261,13 +261,13 @@ void depthwise_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output
 void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                            const at::Tensor& input, const at::Tensor& grad_weight) {
   // Enough sums to occupy the largest devices, of enough pixels each.
-  constexpr int64_t kEnough = 1 << 18, kLeastPixels = 64;
+  constexpr int64_t kEnough = 1 << 18, kLeastPixels = 64, kMostParts = 1024;
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor images = input.contiguous(at::MemoryFormat::ChannelsLast);
   const int64_t pixels = g.N * g.output_pixels(), weights = grad_weight.numel();
   // The cut depends on the shapes alone, and so does the order of every sum.
   const int64_t most =
-      std::max<int64_t>(1, std::min(ceil_div(kEnough, weights), ceil_div(pixels, kLeastPixels)));
+      std::min({ceil_div(kEnough, weights), ceil_div(pixels, kLeastPixels), kMostParts});
   const int64_t part_pixels = ceil_div(pixels, most), parts = ceil_div(pixels, part_pixels);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {

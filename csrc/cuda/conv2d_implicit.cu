@@ -10,9 +10,11 @@
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <numeric>
 #include <string_view>
+#include <vector>
 
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d.h"
@@ -239,11 +241,12 @@ void launch_grad_weight(Tiles tiles, const Conv2dGeometry& g, const at::Tensor& 
   const int64_t pixels = g.N * g.output_pixels(), count = grad_weight.numel();
   tiles.conv = tensor_core_conv2d<scalar_t>(g, input);
   tiles.grad_output = grad_output.const_data_ptr<scalar_t>();
-  tiles.part_pixels = pixels;
   // The cut depends on the shapes alone, and so does the order of every sum.
   const int64_t most =
       std::min(ceil_div(pixels, kLeastPixels), kWorkspaceBytes / (count * int64_t(sizeof(float))));
-  const int64_t parts = std::max<int64_t>(1, std::min(kEnoughTiles / tiles.count(), most));
+  const int64_t large_tiles =
+      g.groups * tiles_of(g.outputs_per_group(), 128) * tiles_of(g.column_rows(), 128);
+  const int64_t parts = std::max<int64_t>(1, std::min(kEnoughTiles / large_tiles, most));
   tiles.part_pixels = ceil_div(ceil_div(pixels, parts), Tiles::kPixels) * Tiles::kPixels;
   const at::Tensor sums =
       at::empty({tiles.parts(), count}, grad_weight.options().dtype(at::kFloat));
@@ -265,6 +268,13 @@ bool asks_for_implicit_gemm() {
   return value == "implicit_gemm";
 }
 
+bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g) {
+  // Each residue is a launch or two.
+  constexpr int64_t kMostResidues = 64;
+  return takes_implicit_gemm(tensor, g) &&
+         std::min(g.stride_h, g.H) * std::min(g.stride_w, g.W) <= kMostResidues;
+}
+
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
   return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_tensor_cores();
 }
@@ -281,11 +291,17 @@ void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at:
 void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
   const at::Tensor grad = channels_last(grad_output);
+  std::vector<Residue> rows, cols;
   for (int64_t a = 0; a < std::min(g.stride_h, g.H); ++a)
-    for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b)
-      grad_input_of_residue(g, Residue(a, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h),
-                            Residue(b, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w), grad,
-                            weight, grad_input);
+    rows.emplace_back(a, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h);
+  for (int64_t b = 0; b < std::min(g.stride_w, g.W); ++b)
+    cols.emplace_back(b, g.W, g.S, g.stride_w, g.pad_left, g.dilation_w);
+  const auto has_taps = [](const Residue& residue) { return residue.taps > 0; };
+  if (!std::ranges::all_of(rows, has_taps) || !std::ranges::all_of(cols, has_taps))
+    grad_input.zero_();
+  for (const Residue& h : rows)
+    for (const Residue& w : cols)
+      if (has_taps(h) && has_taps(w)) grad_input_of_residue(g, h, w, grad, weight, grad_input);
 }
 
 void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

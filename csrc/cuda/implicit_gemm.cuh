@@ -78,6 +78,7 @@ DLOPS_DEVICE bool inside(int at, int size) {
 template <class scalar_t>
 struct Tile {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kBlocks = 2;  // side by side, so that one computes while the other waits
   static constexpr int kRowBytes = 128, kChunks = kRowBytes / 16;  // of 16 bytes
   static constexpr int kStages = 3;
   static constexpr int kChunk = 16 / sizeof(scalar_t);  // elements
@@ -107,13 +108,14 @@ struct WarpProducts {
     }
   }
 
-  // Calls f(row, column, sum) for the sums that a thread of the warp holds.
+  // Calls f(which, row, column, sum) for the sums that a thread of the warp holds. `which` numbers
+  // its rows, and is known to the compiler: what it indexes stays in registers.
   template <class F>
   DLOPS_DEVICE static void for_each(const Sums& sums, int lane, const F& f) {
     DLOPS_UNROLL
     for (int i = 0; i < M * N * 4; ++i) {
       const int m = i / (N * 4), n = i / 4 % N, place = i % 4;
-      f(m * 16 + place / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + place % 2,
+      f(m * 2 + place / 2, m * 16 + place / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + place % 2,
         sums.values[m][n][place]);
     }
   }
@@ -246,12 +248,12 @@ struct Conv2dTiles : Tile<scalar_t> {
     DLOPS_UNROLL
     for (int i = 0; i < M * 2; ++i)
       to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
-    Products::for_each(sums, lane, [&](int row, int column, float sum) {
+    Products::for_each(sums, lane, [&](int which, int, int column, float sum) {
       const int o = first_output + warp % kWarpColumns * 32 + column;
-      if (to[row / 8] < 0 || o >= conv.O) return;
+      if (to[which] < 0 || o >= conv.O) return;
       const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
       if (bias != nullptr) sum += static_cast<float>(bias[channel]);
-      output[to[row / 8] + channel * place.channel] = static_cast<scalar_t>(sum);
+      output[to[which] + channel * place.channel] = static_cast<scalar_t>(sum);
     });
   }
 
@@ -304,7 +306,8 @@ struct Conv2dTiles : Tile<scalar_t> {
 template <class scalar_t, int kOutputs, int kColumns, int copy_bytes>
 struct GradWeightTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
-  static constexpr int kPixels = 32;  // a stage
+  static constexpr int kBlocks = sizeof(scalar_t) == 4 && kOutputs == 128 ? 1 : 2;  // or it spills
+  static constexpr int kPixels = 32;                                                // a stage
   // A stage holds panels of 32 pixels by 128 bytes.
   static constexpr int kPanelBytes = kPixels * T::kRowBytes;
   static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
@@ -444,7 +447,7 @@ struct GradWeightTiles : Tile<scalar_t> {
     float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
     const int first_output = place.first_output + warp / kWarpColumns * kRowsOfWarp;
     const int first_column = place.first_column + warp % kWarpColumns * 32;
-    Products::for_each(values, thread % 32, [&](int row, int column, float sum) {
+    Products::for_each(values, thread % 32, [&](int, int row, int column, float sum) {
       const int o = first_output + row, k = first_column + column;
       if (o < conv.O && k < K) to[static_cast<int64_t>(o) * K + k] = sum;
     });

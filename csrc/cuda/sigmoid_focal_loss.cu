@@ -20,6 +20,19 @@
 namespace dlops::cuda {
 namespace {
 
+#if defined(__CUDACC__)
+#define DLOPS_CALL __host__ __device__ __noinline__
+#else
+#define DLOPS_CALL inline
+#endif
+
+// The formula for soft targets, in double: its intermediate powers overflow float. It is called:
+// copies of it in line would fill the kernels, for targets that are rare.
+DLOPS_CALL SoftSigmoidFocal<double> soft_sigmoid_focal(double x, double t, double alpha,
+                                                       double gamma) {
+  return {x, t, alpha, gamma};
+}
+
 // One element: its logit, its target, and the alpha of its class (negative: no weighting).
 template <class T>
 struct Element {
@@ -33,9 +46,10 @@ struct Element {
   DLOPS_HOST_DEVICE SigmoidFocal<ScalarMath<T>> hard() const {
     return {sign() * x, static_cast<T>(gamma)};
   }
-  // The general formula, in double: its intermediate powers overflow float.
+  // For any target.
   DLOPS_HOST_DEVICE SoftSigmoidFocal<double> general() const {
-    return {static_cast<double>(x), static_cast<double>(t), static_cast<double>(alpha), gamma};
+    return soft_sigmoid_focal(static_cast<double>(x), static_cast<double>(t),
+                              static_cast<double>(alpha), gamma);
   }
 
   DLOPS_HOST_DEVICE T loss() const {
@@ -80,6 +94,7 @@ struct Elements {
   DLOPS_HOST_DEVICE void for_each(int64_t first, const F& f) const {
     const auto x = Vector<scalar_t, width>::load(inputs, first);
     const auto t = Vector<scalar_t, width>::load(targets, first);
+    DLOPS_UNROLL
     for (int j = 0; j < width; ++j) {
       int64_t position = first + j;
       if (class_alpha != nullptr) classes.split(position);  // leaves the class
@@ -101,8 +116,10 @@ struct Upstream {
     Vector<double, width> factors;
     if (each) {
       const auto grad = Vector<scalar_t, width>::load(grad_output, first);
+      DLOPS_UNROLL
       for (int j = 0; j < width; ++j) factors.of[j] = static_cast<double>(grad.of[j]);
     } else {
+      DLOPS_UNROLL
       for (double& factor : factors.of) factor = static_cast<double>(grad_output[0]) * scale;
     }
     return factors;
@@ -219,6 +236,7 @@ struct StoreEach {
   DLOPS_HOST_DEVICE void run(int64_t first) const {
     const auto values = f.template values<width>(first);
     Vector<scalar_t, width> rounded;
+    DLOPS_UNROLL
     for (int j = 0; j < width; ++j) rounded.of[j] = static_cast<scalar_t>(values.of[j]);
     rounded.store(to, first);
   }
@@ -233,6 +251,7 @@ struct SumOf {
   DLOPS_HOST_DEVICE double run(int64_t first) const {
     const auto values = f.template values<width>(first);
     double sum = 0;
+    DLOPS_UNROLL
     for (int j = 0; j < width; ++j) sum += static_cast<double>(values.of[j]);
     return sum;
   }

@@ -12,7 +12,7 @@ from cases import LAYOUTS, FocalCase
 from checks import cast, values_and_gradients
 from problems import PROBLEMS, Problem, conv2d, focal_loss
 from test_focal_loss import VARIANTS
-from test_implicit_gemm import TILES
+from test_implicit_gemm import DEPTHWISE, TILES
 
 WANTED = ("3x3", "grouped", "tails", "1x1", "dilated", "ceil", "cells_over_256", "7x7_stride")
 ROWS = [FocalCase("", size) for size in ((7, 5), (7, 100), (3, 2500), (2, 5, 3, 4))]
@@ -30,7 +30,7 @@ def run(problems: list[Problem], dtype: torch.dtype) -> None:
 def main() -> None:
     images = [p for p in PROBLEMS if p.id.split()[1] in WANTED]
     losses = [p for p in PROBLEMS if "focal" in p.id and p.id.split()[1] == "10_classes"]
-    tiles = [conv2d(case) for case in TILES if "large" not in case.id]
+    tiles = [conv2d(case) for case in [*TILES, *DEPTHWISE] if case.id != "large_tiles"]
     losses += [focal_loss(case, v, gamma=2.0, reduction="mean") for case in ROWS for v in VARIANTS]
     for dtype in (torch.float32, torch.bfloat16):
         run(images + losses, dtype)

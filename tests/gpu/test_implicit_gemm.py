@@ -46,13 +46,21 @@ TILES = [
     Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
     Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
     Conv2dCase("large_tiles", (3, 8, 107, 106), (72, 8, 1, 1)),
+    # Deep enough for every stage, which takes the host too long.
+    *(
+        [Conv2dCase("large_deep_tiles", (3, 24, 107, 106), (72, 24, 3, 3))]
+        if DEVICE == "cuda"
+        else []
+    ),
     Conv2dCase("large_narrow_tiles", (3, 8, 107, 106), (40, 8, 1, 1)),
     Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
-    Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (4, 6), 5, (2, 3)),
-    Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 4)),
+    Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (2, 6), 5, (2, 3)),
+    Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 3)),
     Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
     Conv2dCase("first_layer_bytes", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
 ]
+if DEVICE == "cuda":  # deep enough for every stage, which takes the host too long
+    TILES.append(Conv2dCase("large_deep_tiles", (3, 24, 107, 106), (72, 24, 3, 3)))
 # Without products: vectors of channels, four planes at a time and what is left of them.
 DEPTHWISE = [
     Conv2dCase("depthwise_vectors", (3, 24, 9, 10), (24, 1, 3, 3), padding=1, groups=24),
@@ -137,8 +145,17 @@ def test_tf32_rounds_the_factors_alone(case: Conv2dCase) -> None:
 
     inputs = [None if x is None else rounded_to_tf32(x) for x in problem.inputs]
     truth = values_and_gradients(problem.native, cast(inputs, torch.float64), fill=fill)
+    weight, pixels = truth["gradient 1"], truth["value"][:, 0].numel()
+    terms = {
+        "value": weight[0].numel(),
+        "gradient 0": weight[:, 0].numel(),
+        "gradient 1": pixels,
+        "gradient 2": pixels,
+    }
     for name, result in values_and_gradients(problem.ours, on_device(inputs), fill=fill).items():
-        assert error(result, truth[name]) < TOLERANCES[torch.float32].bound, name
+        # Tensor cores cut off what does not fit while they add up some products at a time.
+        bound = TOLERANCES[torch.float32].bound + terms[name] / 8 * 2**-23
+        assert error(result, truth[name]) < bound, name
 
 
 @pytest.mark.special
@@ -148,10 +165,8 @@ def test_special_values_stay_where_they_belong(value: float, dtype: torch.dtype)
     image = small_integers((2, 16, 9, 9), 1).abs() + 1
     image[1, 3, 4, 5] = value
     weight = small_integers((8, 16, 3, 3), 2).abs() + 1
-    ours, theirs = (
-        f(*on_device(cast([image, weight], dtype)), padding=1).cpu()
-        for f in (F.conv2d, torch.conv2d)
-    )
+    ours = F.conv2d(*on_device(cast([image, weight], dtype)), padding=1).cpu()
+    theirs = torch.conv2d(image, weight, padding=1)  # the definition, not an algorithm that spreads
     assert torch.equal(ours.isfinite(), theirs.isfinite())
     assert ours[0].isfinite().all()
     assert not ours[1].isfinite().all()
