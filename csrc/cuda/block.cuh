@@ -68,21 +68,19 @@ class Block {
   // the four bytes l % 4 of row l / 4 of each matrix: to(thread)[0 .. 3].
   template <class F, class G>
   DLOPS_DEVICE void load_matrices(int, const F& to, const G& from) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    uint32_t* const r = to(thread);
+    uint32_t* const r = to(static_cast<int>(threadIdx.x));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from(thread % 32))))
+                 : "r"(own_address(from))
                  : "memory");
   }
   // The same of 16-bit elements, each matrix transposed.
   template <class F, class G>
   DLOPS_DEVICE void load_transposed(int, const F& to, const G& from) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    uint32_t* const r = to(thread);
+    uint32_t* const r = to(static_cast<int>(threadIdx.x));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(from(thread % 32))))
+                 : "r"(own_address(from))
                  : "memory");
   }
 
@@ -120,6 +118,11 @@ class Block {
   }
 
  private:
+  template <class G>
+  DLOPS_DEVICE static unsigned own_address(const G& from) {
+    return static_cast<unsigned>(
+        __cvta_generic_to_shared(from(static_cast<int>(threadIdx.x) % 32)));
+  }
   // To the nearest: the instruction itself would cut the digits off.
   DLOPS_DEVICE static uint32_t to_tf32(uint32_t number) {
     uint32_t result;

@@ -85,10 +85,16 @@ struct Tile {
   static constexpr int kRow = kChunks * kChunk;
 };
 
-// What a warp multiplies: `rows` x 32 sums, as products of 16 x 8.
-template <class scalar_t, int rows>
+// The sums of a tile of rows x columns, shared out among the warps: each has 32 columns of some
+// rows, which it multiplies as products of 16 x 8.
+template <class scalar_t, int rows, int columns>
 struct WarpProducts {
-  static constexpr int M = rows / 16, N = 4;
+  static constexpr int kAcross = columns / 32, kRows = rows * kAcross / Tile<scalar_t>::kWarps;
+  static constexpr int M = kRows / 16, N = 4;
+  static_assert(M >= 1 && M * 16 * Tile<scalar_t>::kWarps == rows * kAcross);
+  DLOPS_DEVICE static int first_row(int warp) { return warp / kAcross * kRows; }
+  DLOPS_DEVICE static int first_column(int warp) { return warp % kAcross * 32; }
+
   struct Fragments {
     uint32_t a[M][4], b[N][2];
   };
@@ -137,13 +143,8 @@ template <class scalar_t, int kPixels, int kOutputs, int copy_bytes>
 struct Conv2dTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
   static constexpr int kSharedBytes = T::kStages * (kPixels + kOutputs) * T::kRowBytes;
-  static constexpr int kWarpColumns = kOutputs / 32, kWarpRows = T::kWarps / kWarpColumns;
-  static constexpr int kRowsOfWarp = kPixels / kWarpRows;
-  using Products = WarpProducts<scalar_t, kRowsOfWarp>;
-  using Fragments = typename Products::Fragments;
-  using Sums = typename Products::Sums;
+  using Products = WarpProducts<scalar_t, kPixels, kOutputs>;
   static constexpr int M = Products::M, N = Products::N;
-  static_assert(M >= 1 && M * 16 * kWarpRows == kPixels);
   static constexpr int kParts = 16 / copy_bytes, kPart = copy_bytes / sizeof(scalar_t);
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
 
@@ -216,8 +217,8 @@ struct Conv2dTiles : Tile<scalar_t> {
   template <class Block, class F, class S>
   DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* tile, F& fragments,
                                     S& sums) {
-    const int pixel = warp / kWarpColumns * kRowsOfWarp;
-    const int output = kPixels + warp % kWarpColumns * 32;
+    const int pixel = Products::first_row(warp);
+    const int output = kPixels + Products::first_column(warp);
     DLOPS_UNROLL
     for (int step = 0; step < T::kChunks / 2; ++step) {
       DLOPS_UNROLL
@@ -240,16 +241,16 @@ struct Conv2dTiles : Tile<scalar_t> {
   }
 
   // The bias joins the sums before they are rounded.
-  DLOPS_DEVICE void store(const Sums& sums, int thread, int64_t first_pixel, int first_output,
-                          int group) const {
+  DLOPS_DEVICE void store(const typename Products::Sums& sums, int thread, int64_t first_pixel,
+                          int first_output, int group) const {
     const int warp = thread / 32, lane = thread % 32;
-    const int64_t pixel = first_pixel + warp / kWarpColumns * kRowsOfWarp + lane / 4;
+    const int64_t pixel = first_pixel + Products::first_row(warp) + lane / 4;
     int64_t to[M * 2];  // of rows lane / 4, and every eighth from there on
     DLOPS_UNROLL
     for (int i = 0; i < M * 2; ++i)
       to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
     Products::for_each(sums, lane, [&](int which, int, int column, float sum) {
-      const int o = first_output + warp % kWarpColumns * 32 + column;
+      const int o = first_output + Products::first_column(warp) + column;
       if (to[which] < 0 || o >= conv.O) return;
       const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
       if (bias != nullptr) sum += static_cast<float>(bias[channel]);
@@ -274,10 +275,10 @@ struct Conv2dTiles : Tile<scalar_t> {
     };
 
     typename Block::template PerThread<Windows> windows;
-    typename Block::template PerThread<Fragments> fragments;
-    typename Block::template PerThread<Sums> sums;
+    typename Block::template PerThread<typename Products::Fragments> fragments;
+    typename Block::template PerThread<typename Products::Sums> sums;
     block.threads([&](int thread) {
-      sums[thread] = Sums{};
+      sums[thread] = {};
       start(windows[thread], thread / T::kChunks, first_pixel, group);
     });
     const auto copy_stage = [&](int step) {
@@ -313,13 +314,8 @@ struct GradWeightTiles : Tile<scalar_t> {
   static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
   static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
   static constexpr int kSharedBytes = T::kStages * kStageBytes;
-  static constexpr int kWarpColumns = kColumns / 32, kWarpRows = T::kWarps / kWarpColumns;
-  static constexpr int kRowsOfWarp = kOutputs / kWarpRows;
-  using Products = WarpProducts<scalar_t, kRowsOfWarp>;
-  using Fragments = typename Products::Fragments;
-  using Sums = typename Products::Sums;
+  using Products = WarpProducts<scalar_t, kOutputs, kColumns>;
   static constexpr int M = Products::M, N = Products::N;
-  static_assert(M >= 1 && M * 16 * kWarpRows == kOutputs);
   static constexpr int kParts = 16 / copy_bytes, kPart = copy_bytes / sizeof(scalar_t);
   static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
 
@@ -426,7 +422,7 @@ struct GradWeightTiles : Tile<scalar_t> {
   DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* panels, F& fragments,
                                     S& sums) {
     unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
-    const int output = warp / kWarpColumns * kRowsOfWarp, column = warp % kWarpColumns * 32;
+    const int output = Products::first_row(warp), column = Products::first_column(warp);
     DLOPS_UNROLL
     for (int pixel = 0; pixel < kPixels; pixel += kDepth) {
       DLOPS_UNROLL
@@ -441,12 +437,13 @@ struct GradWeightTiles : Tile<scalar_t> {
     }
   }
 
-  DLOPS_DEVICE void store(const Sums& values, int thread, const Place& place, int64_t part) const {
+  DLOPS_DEVICE void store(const typename Products::Sums& values, int thread, const Place& place,
+                          int64_t part) const {
     const int warp = thread / 32;
     const int K = conv.column_rows();
     float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
-    const int first_output = place.first_output + warp / kWarpColumns * kRowsOfWarp;
-    const int first_column = place.first_column + warp % kWarpColumns * 32;
+    const int first_output = place.first_output + Products::first_row(warp);
+    const int first_column = place.first_column + Products::first_column(warp);
     Products::for_each(values, thread % 32, [&](int, int row, int column, float sum) {
       const int o = first_output + row, k = first_column + column;
       if (o < conv.O && k < K) to[static_cast<int64_t>(o) * K + k] = sum;
@@ -471,9 +468,9 @@ struct GradWeightTiles : Tile<scalar_t> {
       return shared + static_cast<int>(step % T::kStages) * kStageBytes;
     };
 
-    typename Block::template PerThread<Fragments> fragments;
-    typename Block::template PerThread<Sums> values;
-    block.threads([&](int thread) { values[thread] = Sums{}; });
+    typename Block::template PerThread<typename Products::Fragments> fragments;
+    typename Block::template PerThread<typename Products::Sums> values;
+    block.threads([&](int thread) { values[thread] = {}; });
     const auto copy_stage = [&](int64_t step) {
       if (step < steps)
         block.threads([&](int thread) {
