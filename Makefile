@@ -6,6 +6,8 @@
 
 VENV ?= .venv
 ARGS ?=
+# A few processes side by side, for most of a test is one thread of Python: ARGS=-n0 for one alone.
+PYTEST = $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 SUITABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
 	$$python -c '$(SUITABLE)' 2>/dev/null && echo $$python && break; done)
@@ -32,7 +34,7 @@ experiments: build ## run every experiment on its defaults (eight minutes on two
 	$(PY) examples/run_all.py $(ARGS)
 
 test: build ## run the test suite
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-large: build ## tests of more than 2^31 elements: minutes, and up to 15 GiB of free memory
 	DLOPS_TEST_LARGE=1 $(PY) -m pytest tests/large -rP $(ARGS)

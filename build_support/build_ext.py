@@ -212,8 +212,7 @@ class BuildExt(cpp_extension.BuildExtension):
             command = [*common, *flags, *(f"-D{define}" for define in defines)]
             for source in sources("csrc/cpu/simd/*.cpp"):
                 target = folder / name / f"{Path(source).stem}.o"
-                paths = ["-MMD", "-c", str(ROOT / source), "-o", str(target)]
-                jobs.append((target, [*command, *paths]))
+                jobs.append((target, [*command, "-MMD", "-c", str(ROOT / source)]))
         stale = [job for job in jobs if not is_fresh(*job)]
         with ThreadPoolExecutor(job_count()) as pool:
             failures = [text for text in pool.map(lambda job: compile_object(*job), stale) if text]
@@ -253,7 +252,7 @@ def compile_object(target: Path, command: list[str]) -> str:
     """Compile; the compiler's messages where it fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     print(f"dlops: compiling {target.parent.name}/{target.stem}\n", end="", flush=True)
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
     if result.returncode != 0:
         return result.stderr
     print(result.stderr, end="", flush=True)

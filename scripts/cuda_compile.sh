@@ -40,6 +40,12 @@ fi
 export CUDA_HOME DLOPS_CUDA=1 DLOPS_WERROR=1 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"
 
 rm -rf build/cuda/lib.*
+# CUDA changes nothing in the CPU's vector kernels: those of the usual build serve, where they are fresh.
+for simd in build/temp.*/simd; do
+  [ -d "$simd" ] || continue
+  mkdir -p "build/cuda/${simd#build/}"
+  cp -a "$simd/." "build/cuda/${simd#build/}"
+done
 "$python" setup.py -q build --build-base build/cuda
 
 cd build/cuda/lib.*

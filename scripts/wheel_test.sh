@@ -35,4 +35,4 @@ import dlops
 assert dlops.__file__.startswith(sys.argv[1]), f"{dlops.__file__} is not the wheel's"
 PY
 "$work/venv/bin/python" -m dlops
-"$work/venv/bin/python" -m pytest tests "$@"
+"$work/venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder tests "$@"

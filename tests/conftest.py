@@ -35,7 +35,6 @@ KINDS = {
     "packaging": "install, import and build",
 }
 
-_kind_of: dict[str, str] = {}
 _outcomes: Counter[tuple[str, str]] = Counter()
 
 hypothesis.settings.register_profile(
@@ -68,19 +67,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="no CUDA device: scripts/gpu_check.sh runs these on one")
     for item in items:
         marks = [mark.name for mark in item.iter_markers()]
-        _kind_of[item.nodeid] = next((mark for mark in marks if mark in KINDS), "other")
+        kind = next((mark for mark in marks if mark in KINDS), "other")
         if "large" in marks and os.environ.get("DLOPS_TEST_LARGE") != "1":
             item.add_marker(by_themselves)
         if "gpu" in marks:
-            _kind_of[item.nodeid] += " (gpu)"
+            kind += " (gpu)"
             if not torch.cuda.is_available():
                 item.add_marker(no_gpu)
+        # With the report, since the test may run in another process than the count.
+        item.user_properties.append(("kind", kind))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # A test that passes reports once, in its call; a failing fixture or a skip in its setup.
     if report.when == "call" or report.outcome != "passed":
-        _outcomes[_kind_of.get(report.nodeid, "other"), report.outcome] += 1
+        _outcomes[dict(report.user_properties)["kind"], report.outcome] += 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
