@@ -141,6 +141,8 @@ LARGE_CONV2D = [
     Conv2dCase("deep_2x2_image", (5, 256, 2, 2), (64, 256, 3, 3), padding=1),
     Conv2dCase("many_outputs", (1, 16, 9, 9), (130, 16, 3, 3)),
     Conv2dCase("strips", (2, 64, 40, 24), (40, 64, 3, 3), padding=1),
+    Conv2dCase("few_pixels", (1, 43, 5, 5), (70, 43, 3, 3), padding=1),
+    Conv2dCase("few_pixels_of_images", (3, 86, 7, 6), (130, 43, 3, 2), stride=(2, 1), groups=2),
     Conv2dCase("many_images", (33, 32, 6, 6), (70, 32, 3, 3), padding=1),
     Conv2dCase("heavy_strided", (20, 128, 4, 5), (130, 128, 3, 3), stride=2, padding=1),
     Conv2dCase("first_layer_small_images", (20, 3, 9, 8), (40, 3, 5, 5), stride=(2, 1), padding=2),

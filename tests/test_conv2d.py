@@ -248,8 +248,8 @@ def test_special_values_spread_as_in_native(value: float, dtype: torch.dtype) ->
 @parametrize("value", [float("nan"), float("inf")])
 @parametrize(
     ("channels", "outputs", "groups"),
-    [(5, 5, 5), (3, 2, 1), (9, 4, 1), (4, 9, 1), (9, 10, 1)],
-    ids=["depthwise", "few", "few outputs", "few inputs", "thick"],
+    [(5, 5, 5), (3, 2, 1), (9, 4, 1), (4, 9, 1), (9, 10, 1), (70, 70, 1)],
+    ids=["depthwise", "few", "few outputs", "few inputs", "thick", "few pixels"],
 )
 def test_special_values_in_gradients(
     channels: int,
@@ -276,6 +276,20 @@ def test_special_values_in_gradients(
     ):
         for test in (torch.isnan, torch.isposinf, torch.isneginf):
             assert torch.equal(test(ours), test(theirs))
+
+
+@pytest.mark.special
+@parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_an_infinite_gradient_beside_the_padding(layout: torch.memory_format) -> None:
+    """It is no part of the sums of those cells that meet nothing but padding there."""
+    input, grad_output = normal((1, 70, 5, 5), 1), normal((1, 70, 5, 5), 2)
+    grad_output[0, 0, 0, 0] = float("inf")
+    tensors = [x.to(torch.float32, memory_format=layout) for x in (grad_output, input)]
+    grad = torch.ops.dlops.conv2d_grad_weight(*tensors, [3, 3], [1, 1], [1] * 4, [1, 1], 1)
+    meets = torch.tensor([False, True, True])
+    finite = ~(meets[:, None] & meets).expand(70, 3, 3)
+    assert torch.equal(grad[0].isfinite(), finite)
+    assert grad[1:].isfinite().all()
 
 
 @pytest.mark.native

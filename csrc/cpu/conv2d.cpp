@@ -5,6 +5,7 @@
 //   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
 //                          contiguous images, integers and complex numbers; its forward,
 //                          grad_input and grad_weight are in this file
+//   conv2d_few_pixels.h    the weight's gradient from a batch of few pixels
 //   conv2d_planes.h        thin groups of contiguous tensors
 //   conv2d_depthwise.h     depthwise, channels_last
 // Their products are in matmul.h.
@@ -23,6 +24,7 @@
 #include "common/conv2d_checks.h"
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_depthwise.h"
+#include "cpu/conv2d_few_pixels.h"
 #include "cpu/conv2d_pairs_weight.h"
 #include "cpu/conv2d_panels.h"
 #include "cpu/conv2d_planes.h"
@@ -423,6 +425,9 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     planes_grad_weight(g, dense_grad, dense_input, plain);
     return result.copy_(plain);
   }
+  if (computed == format && takes_few_pixels(g, input.scalar_type()) &&
+      few_pixels_grad_weight(g, dense_grad, dense_input, result, format))
+    return result;
   // Rows of columns are copied faster than columns one after another.
   const bool by_rows = has_few_channels(g) && computed == at::MemoryFormat::Contiguous &&
                        (g.column_rows() > 32 || g.outputs_per_group() < 64);
