@@ -5,7 +5,7 @@
 //   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
 //                          contiguous images, integers and complex numbers; its forward,
 //                          grad_input and grad_weight are in this file
-//   conv2d_few_pixels.h    the weight's gradient from a batch of few pixels
+//   conv2d_few_pixels.h    batches of few pixels under large weights
 //   conv2d_planes.h        thin groups of contiguous tensors
 //   conv2d_depthwise.h     depthwise, channels_last
 // Their products are in matmul.h.
@@ -212,7 +212,8 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
       has_few_channels(g) && computed == at::MemoryFormat::Contiguous &&
       (g.column_rows() <= 32 || input.scalar_type() != at::kBFloat16 || !multiplies_bfloat16());
   if (takes_strips(g, input.scalar_type(), computed) && !by_rows) {
-    strips_forward(g, dense, weight, sum_bias, result, computed);
+    if (!few_pixels_forward(g, dense, weight, sum_bias, result, computed))
+      strips_forward(g, dense, weight, sum_bias, result, computed);
     return result.contiguous(format);
   }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
@@ -313,7 +314,8 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
                         (computed == at::MemoryFormat::Contiguous || g.channels_per_group() <= 4) &&
                         sum_type(grad_output.scalar_type()) == grad_output.scalar_type();
   if (takes_strips(g, grad_output.scalar_type(), computed) && !by_cells) {
-    strips_grad_input(g, dense, weight, result, computed);
+    if (!few_pixels_grad_input(g, dense, weight, result, computed))
+      strips_grad_input(g, dense, weight, result, computed);
     return result.contiguous(format);
   }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
@@ -425,8 +427,7 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     planes_grad_weight(g, dense_grad, dense_input, plain);
     return result.copy_(plain);
   }
-  if (computed == format && takes_few_pixels(g, input.scalar_type()) &&
-      few_pixels_grad_weight(g, dense_grad, dense_input, result, format))
+  if (computed == format && few_pixels_grad_weight(g, dense_grad, dense_input, result, format))
     return result;
   // Rows of columns are copied faster than columns one after another.
   const bool by_rows = has_few_channels(g) && computed == at::MemoryFormat::Contiguous &&

@@ -1,10 +1,13 @@
-// The gradient of a large weight from few pixels: a batch of one small image, say, under hundreds
-// of channels. The weight then is all the memory there is to move, and it is written once, where it
-// belongs:
+// A batch of few pixels under a large weight: one small image, say, of hundreds of channels. The
+// weight then is almost all the memory there is to move, and it is read or written once, where it
+// is, while the pixels are brought into columns for it:
 //
-//   grad_weight[Og x K] = grad_output[Og x P] col'[P x K]
+//   output[O x P]      = weight[O x K] col[K x P]
+//   grad_input[C x P]  = weight'[C x O] col[O x P], for each kernel cell
+//   grad_weight[O x K] = grad_output[O x P] col'[P x K]
 //
-// with all P pixels of the batch, K in the order in which the weight's cells and channels lie.
+// with all P pixels of the batch. The first two add up the same terms in the same order as
+// conv2d_strips.h: the bits of an image's result do not depend on how many others there are.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,11 +16,14 @@
 
 namespace dlops::cpu {
 
-// Whether there are few enough pixels, and whether that pays, for images of this type.
-bool takes_few_pixels(const Conv2dGeometry& g, at::ScalarType dtype);
-
-// All tensors are dense in the given memory format. False, and nothing is written, if grad_output
-// is not finite: its products with the padding's zeros would be NaN.
+// Each writes its result and returns true, or false where it does not pay or where something is not
+// finite: products with the zeros of the columns would then be NaN. Images, gradients and results
+// are dense in the given memory format; bias, where there is one, is contiguous.
+bool few_pixels_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
+                        const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format);
+bool few_pixels_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                           const at::Tensor& weight, const at::Tensor& grad_input,
+                           at::MemoryFormat format);
 bool few_pixels_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                             const at::Tensor& input, const at::Tensor& grad_weight,
                             at::MemoryFormat format);

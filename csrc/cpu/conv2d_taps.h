@@ -78,6 +78,19 @@ inline TapAxis live(const TapAxis& axis) {
   return result;
 }
 
+// Runs of taps that stand side by side in the source. Without `joined`, each stands by itself.
+inline std::vector<Interval> adjacent_taps(const TapAxis& axis, bool joined) {
+  std::vector<Interval> result;
+  for (int64_t t = 0; t < axis.taps(); ++t) {
+    if (joined && t > 0 && axis.offset(t) == axis.offset(t - 1) + 1) {
+      ++result.back().end;
+    } else {
+      result.push_back({t, t + 1});
+    }
+  }
+  return result;
+}
+
 // Outputs that meet the same taps, which stand side by side in the source.
 struct Segment {
   Interval outputs, taps;
@@ -86,9 +99,7 @@ struct Segment {
 // All meetings along an axis. Without `joined`, each tap stands by itself.
 inline std::vector<Segment> segments(const TapAxis& axis, bool joined) {
   std::vector<Segment> result;
-  for (int64_t t0 = 0, t1; t0 < axis.taps(); t0 = t1) {
-    for (t1 = t0 + 1; joined && t1 < axis.taps() && axis.offset(t1) == axis.offset(t1 - 1) + 1;)
-      ++t1;
+  for (const auto [t0, t1] : adjacent_taps(axis, joined)) {
     int64_t p = std::min(axis.inside(t0).begin, axis.inside(t1 - 1).begin);
     const int64_t end = std::max(axis.inside(t0).end, axis.inside(t1 - 1).end);
     for (; p < end; ++p) {
