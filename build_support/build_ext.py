@@ -152,7 +152,8 @@ class BuildExt(cpp_extension.BuildExtension):
         flags = [*CXX_FLAGS, *strict, *path_maps(), *system, *extra_flags()]
         ext.extra_compile_args = {"cxx": flags}
         # Debug information stays where it was asked for.
-        strip = [] if "-g" in extra_flags() else ["-Wl,--strip-debug"]
+        asked = any(flag.startswith("-g") for flag in extra_flags())
+        strip = [] if asked else ["-Wl,--strip-debug"]
         ext.extra_link_args = ["-fopenmp", *strip, *extra_flags()]
 
     def drop_run_paths(self):

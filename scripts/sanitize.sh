@@ -20,7 +20,7 @@ library() { ${CXX:-c++} -print-file-name="$1"; }
 
 build() { # name, flags
   echo "==== $1: building"
-  DLOPS_CUDA=0 DLOPS_WERROR=0 DLOPS_CXX_FLAGS="-O1 -g -fno-omit-frame-pointer $2" \
+  DLOPS_CUDA=0 DLOPS_WERROR=0 DLOPS_CXX_FLAGS="-O1 -g1 -fno-omit-frame-pointer $2" \
     "$python" setup.py --quiet build --build-base "build/sanitize/$1" > "build/sanitize/$1.log" 2>&1 ||
     { tail -n 30 "build/sanitize/$1.log"; exit 1; }
 }

@@ -108,6 +108,7 @@ CONV2D = [
     conv2d("thin_groups", (6, 8, 5), (12, 2, 3, 3), padding=1, groups=3),
     conv2d("depthwise", (17, 9, 11), (17, 1, 3, 3), padding=1, groups=17),
     conv2d("first_layer", (3, 30, 27), (20, 3, 5, 5), stride=2, padding=2),
+    conv2d("first_layer_filled", (3, 30, 32), (20, 3, 5, 5), padding=2),
     conv2d("dilated", (9, 12, 10), (10, 9, 3, 3), padding=2, dilation=2),
 ]
 IMAGES = [

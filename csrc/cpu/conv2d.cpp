@@ -2,6 +2,7 @@
 //   conv2d_strips.h        products that read channels_last pixels where they are: floating-point
 //                          types
 //   conv2d_pairs_weight.h  the weight's gradient from bfloat16 images
+//   conv2d_rows.h          the forward pass from contiguous images of few channels
 //   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
 //                          contiguous images, integers and complex numbers; its forward,
 //                          grad_input and grad_weight are in this file
@@ -28,6 +29,7 @@
 #include "cpu/conv2d_pairs_weight.h"
 #include "cpu/conv2d_panels.h"
 #include "cpu/conv2d_planes.h"
+#include "cpu/conv2d_rows.h"
 #include "cpu/conv2d_strips.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
@@ -206,6 +208,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
   at::Tensor result = computed == format ? output : at::empty(output.sizes(), output.options());
   if (computed == at::MemoryFormat::Contiguous && takes_planes(g, input.scalar_type())) {
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
+    return result.contiguous(format);
+  }
+  if (computed == at::MemoryFormat::Contiguous && takes_rows(g, input.scalar_type())) {
+    rows_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
   const bool by_rows =

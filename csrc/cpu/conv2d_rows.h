@@ -1,0 +1,26 @@
+// The forward pass from contiguous images of few channels, such as a network's first layer, without
+// im2col: the pixels that a kernel cell meets along a row of outputs are a row of the image,
+// shifted.
+//
+//   output[o, y, (0 .. OW-1)] = sum over c, r and s of weight[o, c, r, s] * row[c, y + r][s + (0 ..
+//   OW-1)]
+//
+// is a matrix product for each row of outputs, whose right matrix is rows of the image that
+// overlap. Images are copied with their padding, a strip of rows at a time; with a stride, each row
+// in as many parts as the stride has phases.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "conv2d_math.h"
+
+namespace dlops::cpu {
+
+// Whether this serves images of this type, and rows of outputs fill vectors.
+bool takes_rows(const Conv2dGeometry& g, at::ScalarType dtype);
+
+// All tensors are contiguous.
+void rows_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
+                  const at::Tensor& bias, const at::Tensor& output);
+
+}  // namespace dlops::cpu
