@@ -100,7 +100,7 @@ CONV2D = [
     conv2d("2x2_images", (64, 2, 2), (40, 64, 3, 3), padding=1),
     conv2d("1x1_images", (70, 1, 1), (33, 70, 1, 1)),
     conv2d("few_pixels", (256, 5, 5), (256, 256, 3, 3), padding=1),
-    conv2d("few_pixels_strided", (256, 6, 5), (256, 256, 3, 2), stride=(2, 3), padding=1),
+    conv2d("few_pixels_strided", (256, 6, 5), (345, 256, 3, 2), stride=(2, 3), padding=1),
     conv2d("1x1", (24, 7, 7), (31, 24, 1, 1)),
     conv2d("1x1_stride", (24, 9, 7), (17, 24, 1, 1), stride=2),
     conv2d("deep", (160, 6, 5), (17, 160, 3, 3)),

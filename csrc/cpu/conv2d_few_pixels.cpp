@@ -26,149 +26,110 @@ bool pays(int64_t P, int64_t K, int64_t outputs, at::ScalarType dtype) {
          outputs >= 64 && outputs * K >= 256 * P;
 }
 
-// --------------------------------------------------------------- forward, gradient of the input
+// ------------------------------------------------------------------------------------ forward
 
-// One correlation. Its products have the weight, where it is, as the left matrix, and for each tap
-// the pixels that it meets as the right one, with zeros where it meets none.
+// The products have the weight, where it is, as the left matrix, and for each tap the pixels that
+// it meets as the right one, with zeros where it meets none.
 template <class scalar_t>
 class FewPixels {
  public:
-  FewPixels(const Correlation& k, const ImageView<scalar_t>& source, const at::Tensor& weight,
-            const scalar_t* bias, scalar_t* result)
-      : k_(k), source_(source), bias_(bias), result_(result) {
+  FewPixels(const Correlation& k, const ImageView<scalar_t>& input, const at::Tensor& weight,
+            const scalar_t* bias, scalar_t* output)
+      : k_(k), input_(input), bias_(bias), output_(output) {
     const int64_t C = weight.size(1), cells = weight.size(2) * weight.size(3);
     last_ = !weight.is_contiguous();
     weight_ = weight.const_data_ptr<scalar_t>();
     cell_ = last_ ? C : 1;
-    const int64_t channel = last_ ? 1 : cells;
-    strides_ = {.lda = k.from_outputs ? channel : C * cells,
-                .ldb = 0,
-                .step = k.from_outputs ? C * cells : channel};
-  }
-
-  static int64_t pixels(const Correlation& k, const Phase& phase) {
-    return k.images * phase.rows.outputs * phase.cols.outputs;
+    strides_ = {
+        .lda = C * cells, .ldb = ceil_div(pixels(), kLanes) * kLanes, .step = last_ ? 1 : cells};
   }
 
   void run(const at::TensorOptions& options) {
-    for (const Phase& phase : k_.phases) {
-      const int64_t P = pixels(k_, phase), ld = ceil_div(P, kLanes) * kLanes;
-      if (P == 0) continue;
-      const std::vector<Tap> taps = taps_of(phase);
-      const int64_t count = static_cast<int64_t>(taps.size()), channels = k_.in_channels;
-      const at::Tensor columns = at::empty({count * channels * ld + kPadding}, options);
-      scalar_t* data = columns.mutable_data_ptr<scalar_t>();
-      at::parallel_for(0, count * channels, grain(ld), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          fill_row(phase, taps[static_cast<size_t>(i / channels)], i % channels, data + i * ld, ld);
-      });
-      const int64_t blocks = ceil_div(k_.out_channels, kRows);
-      at::parallel_for(0, blocks, grain(kRows * P * count * channels),
-                       [&](int64_t begin, int64_t end) {
-                         Scratch scratch(Scratch::size<scalar_t>(kRows * ld));
-                         scalar_t* sums = scratch.take<scalar_t>(kRows * ld);
-                         for (int64_t i = begin; i < end; ++i)
-                           compute(phase, taps, i * kRows, data, ld, sums);
-                       });
-    }
+    const std::vector<Tap> taps = taps_in_order();
+    const int64_t rows = static_cast<int64_t>(taps.size()) * k_.in_channels, ld = strides_.ldb;
+    const at::Tensor columns = at::empty({rows * ld + kPadding}, options);
+    scalar_t* data = columns.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, grain(ld), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        fill_row(taps[static_cast<size_t>(i / k_.in_channels)], i % k_.in_channels, data + i * ld);
+    });
+    const int64_t blocks = ceil_div(k_.out_channels, block());
+    at::parallel_for(0, blocks, grain(block() * ld * rows), [&](int64_t begin, int64_t end) {
+      Scratch scratch(Scratch::size<scalar_t>(block() * ld));
+      scalar_t* sums = scratch.take<scalar_t>(block() * ld);
+      for (int64_t i = begin; i < end; ++i) compute(taps, i * block(), data, sums);
+    });
   }
 
  private:
-  // A contiguous weight's rows stay in the second-level cache from one of its cells to the next.
-  static constexpr int64_t kRows = 24, kLanes = 16;
+  static constexpr int64_t kLanes = 16;
   struct Tap {
     int64_t row, col, cell;
   };
 
+  const Phase& phase() const { return k_.phases[0]; }
+  int64_t pixels() const { return k_.images * k_.H_out * k_.W_out; }
+  // Outputs at a time. The cells of a contiguous weight share cache lines: those of so few outputs
+  // stay in a second-level cache from one cell to the next.
+  int64_t block() const { return last_ ? 64 : 24; }
+
   // In the order in which strips add them.
-  std::vector<Tap> taps_of(const Phase& phase) const {
+  std::vector<Tap> taps_in_order() const {
+    const TapAxis &rows = phase().rows, &cols = phase().cols;
     std::vector<Tap> result;
-    for (const Interval& run : adjacent_taps(phase.cols, /*joined=*/true))
-      for (int64_t i = 0; i < phase.rows.taps(); ++i)
+    for (const Interval& run : adjacent_taps(cols, /*joined=*/true))
+      for (int64_t i = 0; i < rows.taps(); ++i)
         for (int64_t j = run.begin; j < run.end; ++j)
-          result.push_back({i, j, phase.rows.cell(i) * k_.kernel_cols + phase.cols.cell(j)});
+          result.push_back({i, j, rows.cell(i) * k_.kernel_cols + cols.cell(j)});
     return result;
   }
 
-  // What the phase's pixels meet at a tap in one channel.
-  void fill_row(const Phase& phase, const Tap& tap, int64_t channel, scalar_t* to,
-                int64_t count) const {
-    const TapAxis &rows = phase.rows, &cols = phase.cols;
+  // What the pixels meet at a tap in one channel.
+  void fill_row(const Tap& tap, int64_t channel, scalar_t* to) const {
+    const TapAxis &rows = phase().rows, &cols = phase().cols;
     const Interval y = rows.inside(tap.row), x = cols.inside(tap.col);
-    std::fill_n(to, count, scalar_t(0));
-    for (int64_t n = 0; n < k_.images; ++n, to += rows.outputs * cols.outputs) {
+    std::fill_n(to, strides_.ldb, scalar_t(0));
+    for (int64_t n = 0; n < k_.images; ++n, to += k_.H_out * k_.W_out) {
       for (int64_t row = y.begin; row < y.end; ++row) {
-        const scalar_t* from = source_.at(n, channel, row * rows.step + rows.offset(tap.row), 0);
+        const scalar_t* from = input_.at(n, channel, row * rows.step + rows.offset(tap.row), 0);
         for (int64_t col = x.begin; col < x.end; ++col)
-          to[row * cols.outputs + col] =
-              from[(col * cols.step + cols.offset(tap.col)) * source_.pixel()];
+          to[row * k_.W_out + col] =
+              from[(col * cols.step + cols.offset(tap.col)) * input_.pixel()];
       }
     }
   }
 
-  void compute(const Phase& phase, const std::vector<Tap>& taps, int64_t first,
-               const scalar_t* columns, int64_t ld, scalar_t* sums) const {
-    const int64_t count = std::min(kRows, k_.out_channels - first);
+  void compute(const std::vector<Tap>& taps, int64_t first, const scalar_t* columns,
+               scalar_t* sums) const {
+    const int64_t count = std::min(block(), k_.out_channels - first), ld = strides_.ldb;
     for (int64_t i = 0; i < count; ++i)
       std::fill_n(sums + i * ld, ld, bias_ == nullptr ? scalar_t(0) : bias_[first + i]);
     std::vector<Factors<scalar_t>> factors;
-    const scalar_t* rows = weight_ + first * strides_.lda;
     for (const Tap& tap : taps) {
-      factors.push_back({rows + tap.cell * cell_, columns});
+      factors.push_back({weight_ + first * strides_.lda + tap.cell * cell_, columns});
       columns += k_.in_channels * ld;
     }
-    FactorStrides strides = strides_;
-    strides.ldb = ld;
-    matmul_of_factors(count, pixels(k_, phase), k_.in_channels, factors.data(),
-                      static_cast<int64_t>(factors.size()), strides, sums, ld,
+    matmul_of_factors(count, pixels(), k_.in_channels, factors.data(),
+                      static_cast<int64_t>(factors.size()), strides_, sums, ld,
                       Addend<scalar_t>{sums, ld});
-    for (int64_t i = 0; i < count; ++i) store(phase, first + i, sums + i * ld);
+    for (int64_t i = 0; i < count; ++i) store(first + i, sums + i * ld);
   }
 
-  void store(const Phase& phase, int64_t channel, const scalar_t* from) const {
-    const int64_t pixel = source_.last ? k_.out_channels : 1;
-    for (int64_t n = 0; n < k_.images; ++n) {
-      scalar_t* image = result_ + n * k_.out_channels * k_.H_out * k_.W_out +
-                        channel * (source_.last ? 1 : k_.H_out * k_.W_out);
-      for (int64_t y = 0; y < phase.rows.outputs; ++y) {
-        scalar_t* row = image + ((phase.row0 + y * k_.row_step) * k_.W_out + phase.col0) * pixel;
-        for (int64_t x = 0; x < phase.cols.outputs; ++x) row[x * k_.col_step * pixel] = *from++;
-      }
-    }
+  void store(int64_t channel, const scalar_t* from) const {
+    const int64_t plane = k_.H_out * k_.W_out, step = input_.last ? k_.out_channels : 1;
+    scalar_t* to = output_ + channel * (input_.last ? 1 : plane);
+    for (int64_t n = 0; n < k_.images; ++n, to += k_.out_channels * plane)
+      for (int64_t i = 0; i < plane; ++i) to[i * step] = *from++;
   }
 
   const Correlation& k_;
-  const ImageView<scalar_t> source_;
+  const ImageView<scalar_t> input_;
   const scalar_t *weight_, *bias_;
-  scalar_t* result_;
+  scalar_t* output_;
   bool last_;
   int64_t cell_;  // from one of the kernel's cells to the next
   FactorStrides strides_;
 };
-
-// Strips sum up kTerms terms at a time: those are channels of one tap, or the order is another.
-bool takes(const Correlation& k, const at::Tensor& source, const at::Tensor& weight) {
-  if (k.groups != 1 || k.in_channels % kTerms != 0) return false;
-  if (!weight.is_contiguous() && !weight.is_contiguous(at::MemoryFormat::ChannelsLast))
-    return false;
-  int64_t P = 0;
-  for (const Phase& phase : k.phases) P = std::max(P, FewPixels<float>::pixels(k, phase));
-  return pays(P, k.taps * k.in_channels, k.out_channels, source.scalar_type());
-}
-
-bool correlate(const Correlation& k, const at::Tensor& source, const at::Tensor& weight,
-               const at::Tensor& bias, const at::Tensor& result, at::MemoryFormat format) {
-  if (!takes(k, source, weight)) return false;
-  return AT_DISPATCH_FLOATING_TYPES(source.scalar_type(), "conv2d", [&] {
-    const ImageView<scalar_t> images{source.const_data_ptr<scalar_t>(), source.size(1),
-                                     source.size(2), source.size(3),
-                                     format == at::MemoryFormat::ChannelsLast};
-    const scalar_t* bias_data = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
-    scalar_t* to = result.mutable_data_ptr<scalar_t>();
-    FewPixels<scalar_t>(k, images, weight, bias_data, to).run(source.options());
-    return DLOPS_SIMD(all_finite, scalar_t)(to, result.numel());
-  });
-}
 
 // ---------------------------------------------------------------------- gradient of the weight
 
@@ -234,13 +195,23 @@ void multiply(const Conv2dGeometry& g, const scalar_t* grad_output, const at::Te
 
 bool few_pixels_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                         const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format) {
-  return correlate(forward_correlation(g, /*copied=*/false), input, weight, bias, output, format);
-}
-
-bool few_pixels_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
-                           const at::Tensor& weight, const at::Tensor& grad_input,
-                           at::MemoryFormat format) {
-  return correlate(backward_correlation(g), grad_output, weight, {}, grad_input, format);
+  // Below that, bringing the weight into order costs little.
+  constexpr int64_t kLargeWeight = 512 * 1024;
+  if (g.O * g.column_rows() < kLargeWeight) return false;
+  // Strips sum up kTerms terms at a time: those must be channels of one tap.
+  if (g.groups != 1 || g.C % kTerms != 0) return false;
+  if (!pays(g.N * g.output_pixels(), g.column_rows(), g.O, input.scalar_type())) return false;
+  if (!weight.is_contiguous() && !weight.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return false;
+  return AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "conv2d", [&] {
+    const Correlation k = forward_correlation(g, /*copied=*/false);
+    const ImageView<scalar_t> images{input.const_data_ptr<scalar_t>(), g.C, g.H, g.W,
+                                     format == at::MemoryFormat::ChannelsLast};
+    const scalar_t* bias_data = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
+    scalar_t* to = output.mutable_data_ptr<scalar_t>();
+    FewPixels<scalar_t>(k, images, weight, bias_data, to).run(input.options());
+    return DLOPS_SIMD(all_finite, scalar_t)(to, output.numel());
+  });
 }
 
 bool few_pixels_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

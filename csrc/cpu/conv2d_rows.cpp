@@ -20,15 +20,12 @@ constexpr int64_t kStrip = 4 * 1024;
 // Lanes of a vector at most; of those that a row of outputs takes, so many of 16 must be filled.
 constexpr int64_t kLanes = 16, kFilled = 12;
 
-// A strip of padded rows: [channel][row][phase of the stride][column].
+// A strip of padded rows: [channel][row][column].
 struct StripLayout {
-  int64_t rows, row, phase;
+  int64_t rows, row;
   StripLayout(const Conv2dGeometry& g, int64_t outputs)
-      : rows((outputs - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1) {
-    const int64_t width = (g.OW - 1) * g.stride_w + (g.S - 1) * g.dilation_w + 1;
-    phase = ceil_div(width, g.stride_w);
-    row = phase * g.stride_w;
-  }
+      : rows((outputs - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1),
+        row(g.OW + (g.S - 1) * g.dilation_w) {}
   int64_t size(const Conv2dGeometry& g) const {
     return g.channels_per_group() * rows * row + kPadding;
   }
@@ -42,53 +39,32 @@ int64_t strip_rows(const Conv2dGeometry& g) {
   return ceil_div(g.OH, ceil_div(g.OH, most));
 }
 
-// to[i] = from[i * step]
-template <class T>
-void copy_every(const T* from, int64_t step, int64_t count, T* to) {
-  if (step == 1) {
-    std::copy_n(from, count, to);
-  } else if (step == 2) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[2 * i];
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i * step];
-  }
-}
-
 // The padded rows of a plane from `first` on.
 template <class T>
 void fill_plane(const Conv2dGeometry& g, const StripLayout& strip, const T* plane, int64_t first,
                 T* to) {
-  for (int64_t h = first; h < first + strip.rows; ++h) {
-    for (int64_t p = 0; p < g.stride_w; ++p, to += strip.phase) {
-      const auto place = [&](int64_t w) {  // of the first column of the phase from w on
-        return std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, w + g.pad_left - p), g.stride_w),
-                                   0, strip.phase);
-      };
-      const int64_t begin = place(0), end = h < 0 || h >= g.H ? begin : place(g.W);
-      std::fill_n(to, begin, T(0));
-      if (begin < end)
-        copy_every(plane + h * g.W + begin * g.stride_w + p - g.pad_left, g.stride_w, end - begin,
-                   to + begin);
-      std::fill_n(to + end, strip.phase - end, T(0));
+  const int64_t left = std::min(g.pad_left, strip.row);
+  const int64_t inside = std::min(g.W, strip.row - left), right = strip.row - left - inside;
+  for (int64_t h = first; h < first + strip.rows; ++h, to += strip.row) {
+    if (!g.row_inside(h)) {
+      std::fill_n(to, strip.row, T(0));
+      continue;
     }
+    std::fill_n(to, left, T(0));
+    std::copy_n(plane + h * g.W, inside, to + left);
+    std::fill_n(to + left + inside, right, T(0));
   }
 }
 
-// The products of the first row of outputs: cells of a kernel row together where they are
-// neighbours in the strip.
+// The products of the first row of outputs, one for each kernel row of each channel.
 template <class T>
 std::vector<Factors<T>> factors_of(const Conv2dGeometry& g, const StripLayout& strip,
                                    const T* weight, const T* rows) {
   std::vector<Factors<T>> result;
-  for (int64_t c = 0; c < g.channels_per_group(); ++c) {
-    for (int64_t r = 0; r < g.R; ++r, weight += g.S) {
-      const T* row = rows + (c * strip.rows + r * g.dilation_h) * strip.row;
-      for (int64_t s = 0; s < (g.stride_w == 1 ? 1 : g.S); ++s) {
-        const int64_t w = s * g.dilation_w;
-        result.push_back({weight + s, row + w % g.stride_w * strip.phase + w / g.stride_w});
-      }
-    }
-  }
+  for (int64_t c = 0; c < g.channels_per_group(); ++c)
+    for (int64_t r = 0; r < g.R; ++r)
+      result.push_back(
+          {weight + (c * g.R + r) * g.S, rows + (c * strip.rows + r * g.dilation_h) * strip.row});
   return result;
 }
 
@@ -112,8 +88,7 @@ void forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* 
           std::vector<Factors<T>> factors =
               factors_of(g, layout, weight + group * Og * K, static_cast<const T*>(space));
           for (int64_t y = y0; y < std::min(g.OH, y0 + rows); ++y) {
-            product(Og, g.OW, g.stride_w == 1 ? g.S : 1, factors.data(),
-                    static_cast<int64_t>(factors.size()), strides,
+            product(Og, g.OW, g.S, factors.data(), static_cast<int64_t>(factors.size()), strides,
                     output + (part * Og * g.OH + y) * g.OW, g.OH * g.OW, {},
                     bias == nullptr ? nullptr : bias + group * Og);
             for (Factors<T>& factor : factors) factor.b += g.stride_h * layout.row;
@@ -127,11 +102,12 @@ void forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* 
 bool takes_rows(const Conv2dGeometry& g, at::ScalarType dtype) {
   // Of one row of outputs: the rest of a strip is a few times as much.
   constexpr int64_t kLongest = 4 * kStrip, kStride = 4;
+  if (g.stride_w != 1 || g.stride_h > kStride) return false;
   if ((dtype != at::kFloat && dtype != at::kDouble) || !has_few_channels(g)) return false;
   if (g.OW * kLanes < ceil_div(g.OW, kLanes) * kLanes * kFilled) return false;
   const StripLayout one(g, 1);
-  return g.stride_h <= kStride && g.stride_w <= kStride && one.rows <= kLongest &&
-         one.row <= kLongest && g.channels_per_group() * one.rows * one.row <= kLongest;
+  return one.rows <= kLongest && one.row <= kLongest &&
+         g.channels_per_group() * one.rows * one.row <= kLongest;
 }
 
 void rows_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
