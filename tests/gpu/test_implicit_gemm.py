@@ -40,24 +40,24 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 DTYPES = [*LOW_PRECISION, torch.float32]
 dtypes = parametrize("dtype", DTYPES, ids=ids)
 
-# Whole tiles and their ends in every direction, copies of 16 bytes and of one element, many tiles
-# and few, one part of the pixels and many.
+# Whole tiles and their ends in every direction, columns copied by 16 bytes and gathered one by one,
+# channels that fill whole copies and that do not, many tiles and few, one part of the pixels and
+# many.
 TILES = [
     Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
     Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
     Conv2dCase("large_tiles", (3, 8, 107, 106), (72, 8, 1, 1)),
-    # Deep enough for every stage, which takes the host too long.
-    *(
-        [Conv2dCase("large_deep_tiles", (3, 24, 107, 106), (72, 24, 3, 3))]
-        if DEVICE == "cuda"
-        else []
-    ),
     Conv2dCase("large_narrow_tiles", (3, 8, 107, 106), (40, 8, 1, 1)),
     Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
     Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (2, 6), 5, (2, 3)),
     Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 3)),
     Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
-    Conv2dCase("first_layer_bytes", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
+    Conv2dCase("filled_up_groups", (2, 36, 9, 10), (30, 12, 3, 3), padding=1, groups=3),
+    Conv2dCase("first_layer", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
+    Conv2dCase("first_layer_large", (3, 3, 107, 106), (40, 3, 1, 1)),
+    Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), groups=3),
+    Conv2dCase("too_many_taps_to_gather", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
+    Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
 ]
 if DEVICE == "cuda":  # deep enough for every stage, which takes the host too long
     TILES.append(Conv2dCase("large_deep_tiles", (3, 24, 107, 106), (72, 24, 3, 3)))

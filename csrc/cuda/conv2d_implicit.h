@@ -1,0 +1,90 @@
+// What the launchers of implicit GEMM share: which convolutions it takes, and images as its tiles
+// read them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "cuda/conv2d.h"
+#include "cuda/tensor_cores.cuh"
+
+namespace dlops::cuda {
+
+// Enough tiles to occupy the largest devices, where there are as many.
+constexpr int64_t kEnoughTiles = 264;
+
+// Calls f(scalar_t()).
+template <class F>
+void with_dtype(const at::Tensor& tensor, const F& f) {
+  switch (tensor.scalar_type()) {
+    case at::kBFloat16:
+      return f(c10::BFloat16());
+    case at::kHalf:
+      return f(c10::Half());
+    default:
+      return f(float());
+  }
+}
+
+// Elements in the 16 bytes that tiles copy at once.
+inline int64_t chunk_elements(const at::Tensor& tensor) { return 16 / tensor.element_size(); }
+inline int64_t whole_chunks(int64_t elements, const at::Tensor& tensor) {
+  return ceil_div(elements, chunk_elements(tensor)) * chunk_elements(tensor);
+}
+
+// Some images in memory, with the steps to the next image, group, and so on. Pixels follow one
+// another at one step, `col`, unless the images are read in place whatever their strides.
+struct TileImages {
+  at::Tensor memory;
+  int64_t image, group, channel, row, col;
+  int64_t channels;  // of a group, with the zeros that fill its last chunk
+};
+
+// Images as tiles read them: where they are, or copied to channels_last order, some images at a
+// time, so that the copy takes little memory and is read again while the cache still has it.
+class ImageReader {
+ public:
+  // `in_place`: whatever the strides.
+  ImageReader(const at::Tensor& images, int64_t groups, bool in_place = false);
+  // Most images in a call of read.
+  int64_t at_a_time() const { return at_a_time_; }
+  TileImages read(int64_t first, int64_t count) const;
+
+ private:
+  at::Tensor images_;
+  int64_t groups_, at_a_time_;
+  bool in_place_;
+};
+
+// Whether columns of these images, input or grad_output, are gathered element by element where the
+// images are: first layers.
+bool gathers(const at::Tensor& images, const Conv2dGeometry& g);
+
+// The convolution of these images.
+template <class scalar_t>
+TensorCoreConv2d<scalar_t> tensor_core_conv2d(const Conv2dGeometry& g, const TileImages& images) {
+  const auto narrow = [](int64_t value) { return static_cast<int>(value); };
+  return {images.memory.const_data_ptr<scalar_t>(),
+          images.image,
+          images.group,
+          images.channel,
+          images.row,
+          images.col,
+          images.memory.size(0),
+          narrow(g.H),
+          narrow(g.W),
+          narrow(images.channels),
+          narrow(g.groups),
+          narrow(g.outputs_per_group()),
+          narrow(g.R),
+          narrow(g.S),
+          narrow(g.OH),
+          narrow(g.OW),
+          narrow(g.stride_h),
+          narrow(g.stride_w),
+          narrow(g.pad_top),
+          narrow(g.pad_left),
+          narrow(g.dilation_h),
+          narrow(g.dilation_w)};
+}
+
+}  // namespace dlops::cuda

@@ -1,0 +1,126 @@
+// Which convolutions implicit GEMM takes, and how its tiles come by their images.
+#include <ATen/Context.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "common/cuda_utils.cuh"
+#include "cuda/channels_last_tiles.cuh"
+#include "cuda/conv2d_implicit.h"
+
+#if defined(__CUDACC__)
+#include <ATen/cuda/CUDAContext.h>
+#endif
+
+namespace dlops::cuda {
+namespace {
+
+bool has_tensor_cores() {
+#if defined(__CUDACC__)
+  return at::cuda::getCurrentDeviceProperties()->major >= 8;
+#else
+  return true;
+#endif
+}
+
+bool has_dtype(const at::Tensor& tensor) {
+  const at::ScalarType dtype = tensor.scalar_type();
+  return dtype == at::kBFloat16 || dtype == at::kHalf ||
+         (dtype == at::kFloat && at::globalContext().allowTF32CuBLAS());
+}
+
+// Whether every position within an image, and every row of the column matrix, is a 32-bit number,
+// channels being counted in whole chunks.
+bool fits(const Conv2dGeometry& g) {
+  constexpr int64_t limit = 1 << 28;
+  const auto axis = [](int64_t size, int64_t outputs, int64_t stride, int64_t pad, int64_t dilation,
+                       int64_t kernel) {
+    return size < limit && outputs < limit && pad < limit && stride < limit && dilation < limit &&
+           kernel < limit && outputs * stride < limit && kernel * dilation < limit;
+  };
+  return axis(g.H, g.OH, g.stride_h, g.pad_top, g.dilation_h, g.R) &&
+         axis(g.W, g.OW, g.stride_w, g.pad_left, g.dilation_w, g.S) && g.C < limit && g.O < limit &&
+         g.R * g.S < limit && g.R * g.S * (g.channels_per_group() + 7) < limit &&
+         g.R * g.S * (g.outputs_per_group() + 7) < limit;
+}
+
+// The step along an axis; none where there is nowhere to go.
+int64_t step(const at::Tensor& tensor, int64_t axis) {
+  return tensor.size(axis) > 1 ? tensor.stride(axis) : 0;
+}
+
+// Whether a group's channels are neighbours, in whole chunks at addresses that are multiples of 16,
+// and pixels follow one another at one step.
+bool has_chunks(const at::Tensor& images, int64_t groups) {
+  const int64_t pixel = images.stride(3), row = images.size(3) * pixel;
+  const bool is_even = (images.size(2) == 1 || images.stride(2) == row) &&
+                       (images.size(0) == 1 || images.stride(0) == images.size(2) * row);
+  return is_even && images.stride(1) == 1 &&
+         (pixel | images.size(1) / groups) % chunk_elements(images) == 0 &&
+         reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
+}
+
+}  // namespace
+
+bool asks_for_implicit_gemm() {
+  const char* const choice = std::getenv("DLOPS_CUDA_CONV2D");
+  const std::string_view value = choice == nullptr ? "im2col" : choice;
+  TORCH_CHECK_VALUE(value == "im2col" || value == "implicit_gemm",
+                    "DLOPS_CUDA_CONV2D must be im2col (the default) or implicit_gemm, got ", value);
+  return value == "implicit_gemm";
+}
+
+bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
+  return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_tensor_cores();
+}
+
+bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g) {
+  // Each residue is a launch or two.
+  constexpr int64_t kMostResidues = 64;
+  return takes_implicit_gemm(tensor, g) &&
+         std::min(g.stride_h, g.H) * std::min(g.stride_w, g.W) <= kMostResidues;
+}
+
+bool gathers(const at::Tensor& images, const Conv2dGeometry& g) {
+  constexpr int64_t kFewChannels = 4, kMostTaps = 384;  // of Conv2dTiles
+  const int64_t channels = images.size(1) / g.groups;
+  const int64_t span = (g.R * g.dilation_h + 1) * step(images, 2) +
+                       (g.S * g.dilation_w + 1) * step(images, 3) + channels * step(images, 1);
+  return channels <= kFewChannels && channels * g.R * g.S <= kMostTaps && span < int64_t(1) << 31 &&
+         !has_chunks(images, g.groups);
+}
+
+ImageReader::ImageReader(const at::Tensor& images, int64_t groups, bool in_place)
+    : images_(images),
+      groups_(groups),
+      at_a_time_(images.size(0)),
+      in_place_(in_place || has_chunks(images, groups)) {
+  if (in_place_) return;
+  const int64_t places = groups * whole_chunks(images.size(1) / groups, images);
+  const int64_t bytes = places * images.size(2) * images.size(3) * images.element_size();
+  at_a_time_ =
+      std::clamp<int64_t>(kWorkspaceBytes / 2 / std::max<int64_t>(bytes, 1), 1, at_a_time_);
+}
+
+TileImages ImageReader::read(int64_t first, int64_t count) const {
+  const at::Tensor images = images_.narrow(0, first, count);
+  const int64_t channels = images.size(1) / groups_, H = images.size(2), W = images.size(3);
+  if (in_place_)
+    return {images,           images.stride(0), channels * images.stride(1),
+            images.stride(1), images.stride(2), images.stride(3),
+            channels};
+  const int64_t padded = whole_chunks(channels, images), places = groups_ * padded;
+  const at::Tensor memory = at::empty({count, H, W, places}, images.options());
+  with_dtype(images, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    for_each_tile(ChannelsLastTiles<scalar_t>{
+        images.const_data_ptr<scalar_t>(), images.stride(0), images.stride(1), images.stride(2),
+        images.stride(3), count, H * W, static_cast<int>(W), static_cast<int>(channels),
+        static_cast<int>(padded), places, memory.mutable_data_ptr<scalar_t>()});
+  });
+  return {memory, H * W * places, padded, 1, W * places, places, padded};
+}
+
+}  // namespace dlops::cuda

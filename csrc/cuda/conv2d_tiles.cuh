@@ -1,0 +1,170 @@
+// A convolution as a product of tiles, whose column matrix exists in shared memory alone.
+#pragma once
+
+#include "cuda/tensor_cores.cuh"
+
+namespace dlops::cuda {
+
+// Where the outputs go, in any memory format: the first one, and the steps to the next.
+struct OutputPlace {
+  int64_t start, image, channel, row, col;
+  DLOPS_DEVICE int64_t operator()(const OutputPixel& at) const {
+    return start + at.n * image + at.oh * row + at.ow * col;
+  }
+};
+
+// output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
+// kOutputs. Neighbouring columns are copied by 16 bytes, where channels are neighbours in memory
+// and fill them; otherwise, in first layers, each is looked up among the taps and gathered.
+template <class scalar_t, int kPixels, int kOutputs, bool gathers>
+struct Conv2dTiles : Tile<scalar_t> {
+  using T = Tile<scalar_t>;
+  using Products = WarpProducts<scalar_t, kPixels, kOutputs>;
+  static constexpr int M = Products::M, N = Products::N;
+  static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
+  static constexpr int kMostTaps = 384;  // two blocks of 128 x 64 still share sm_80's memory
+  static constexpr int kStageBytes = (kPixels + kOutputs) * T::kRowBytes;
+  static constexpr int kTapBytes = gathers ? kMostTaps * static_cast<int>(sizeof(Tap)) : 0;
+  static constexpr int kSharedBytes = T::kStages * kStageBytes + kTapBytes;
+
+  TensorCoreConv2d<scalar_t> conv;
+  const scalar_t* weight;  // (groups, O, weight_row)
+  int weight_row;          // K, filled up to whole chunks with zeros
+  const scalar_t* bias;    // or null
+  scalar_t* output;
+  OutputPlace place;
+
+  DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
+  DLOPS_HOST_DEVICE int64_t count() const {
+    return conv.groups * output_tiles() * tiles_of(conv.pixels(), kPixels);
+  }
+
+  // Those whose columns a thread copies.
+  struct Windows {
+    Window<scalar_t> rows[kPixelRows];
+  };
+
+  DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* tile, int row, int chunk) {
+    return tile + row * T::kRowBytes + (chunk ^ (row & 7)) * 16;
+  }
+
+  // A thread's part of stage `step`: one chunk of some rows of both tiles.
+  template <class Block>
+  DLOPS_DEVICE void copy(Block& block, const Windows& windows, unsigned char* tile, const Tap* taps,
+                         int thread, const scalar_t* weights, int outputs, int step) const {
+    const int chunk = thread % T::kChunks, row = thread / T::kChunks;
+    const int k = step * T::kRow + chunk * T::kChunk;
+    if constexpr (gathers) {
+      DLOPS_UNROLL
+      for (int i = 0; i < kPixelRows; ++i)
+        gather(chunk_at(tile, row + i * 32, chunk), conv, windows.rows[i], taps + k);
+    } else {
+      const Cell cell(conv, k);
+      DLOPS_UNROLL
+      for (int i = 0; i < kPixelRows; ++i)
+        block.template copy<16>(chunk_at(tile, row + i * 32, chunk),
+                                windows.rows[i].start + cell.offset,
+                                k < weight_row && windows.rows[i].inside(conv, cell));
+    }
+    DLOPS_UNROLL
+    for (int i = 0; i < kWeightRows; ++i) {
+      const int o = row + i * 32;
+      block.template copy<16>(chunk_at(tile, kPixels + o, chunk),
+                              weights + static_cast<int64_t>(o) * weight_row + k,
+                              k < weight_row && o < outputs);
+    }
+  }
+
+  // The products of one stage that a warp has to add.
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* tile, F& fragments,
+                                    S& sums) {
+    const int pixel = Products::first_row(warp);
+    const int output = kPixels + Products::first_column(warp);
+    DLOPS_UNROLL
+    for (int step = 0; step < T::kChunks / 2; ++step) {
+      DLOPS_UNROLL
+      for (int m = 0; m < M; ++m)
+        block.load_matrices(
+            warp, [&](int thread) { return fragments[thread].a[m]; },
+            [&](int lane) {
+              return chunk_at(tile, pixel + m * 16 + lane % 16, step * 2 + lane / 16);
+            });
+      DLOPS_UNROLL
+      for (int n = 0; n < N; n += 2)
+        block.load_matrices(
+            warp, [&](int thread) { return &fragments[thread].b[n][0]; },
+            [&](int lane) {
+              return chunk_at(tile, output + n * 8 + lane / 16 * 8 + lane % 8,
+                              step * 2 + lane / 8 % 2);
+            });
+      Products::add(block, warp, fragments, sums);
+    }
+  }
+
+  // The bias joins the sums before they are rounded.
+  DLOPS_DEVICE void store(const typename Products::Sums& sums, int thread, int64_t first_pixel,
+                          int first_output, int group) const {
+    const int warp = thread / 32, lane = thread % 32;
+    const int64_t pixel = first_pixel + Products::first_row(warp) + lane / 4;
+    int64_t to[M * 2];  // of rows lane / 4, and every eighth from there on
+    DLOPS_UNROLL
+    for (int i = 0; i < M * 2; ++i)
+      to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
+    Products::for_each(sums, lane, [&](int which, int, int column, float sum) {
+      const int o = first_output + Products::first_column(warp) + column;
+      if (to[which] < 0 || o >= conv.O) return;
+      const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
+      if (bias != nullptr) sum += static_cast<float>(bias[channel]);
+      output[to[which] + channel * place.channel] = static_cast<scalar_t>(sum);
+    });
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
+    // Tiles of the same pixels follow one another, so that these are read from memory once.
+    const int tiles = static_cast<int>(output_tiles());
+    const int64_t groups_and_pixels = divide(tile, tiles);
+    const int first_output = static_cast<int>(tile - groups_and_pixels * tiles) * kOutputs;
+    const int64_t pixel_tile = divide(groups_and_pixels, conv.groups);
+    const int group = static_cast<int>(groups_and_pixels - pixel_tile * conv.groups);
+    const int64_t first_pixel = pixel_tile * kPixels;
+    const scalar_t* weights =
+        weight + (static_cast<int64_t>(group) * conv.O + first_output) * weight_row;
+    const int steps = static_cast<int>(tiles_of(weight_row, T::kRow));
+    const auto stage = [&](int step) { return shared + step % T::kStages * kStageBytes; };
+    Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
+
+    typename Block::template PerThread<Windows> windows;
+    typename Block::template PerThread<typename Products::Fragments> fragments;
+    typename Block::template PerThread<typename Products::Sums> sums;
+    block.threads([&](int thread) {
+      sums[thread] = {};
+      for (int i = 0; i < kPixelRows; ++i)
+        windows[thread].rows[i] = Window<scalar_t>(conv, first_pixel + thread / T::kChunks + i * 32,
+                                                   conv.pixels(), group);
+      if constexpr (gathers)
+        for (int k = thread; k < steps * T::kRow; k += T::kThreads) taps[k] = Tap(conv, k);
+    });
+    if constexpr (gathers) block.sync();
+    const auto copy_stage = [&](int step) {
+      if (step < steps)
+        block.threads([&](int thread) {
+          copy(block, windows[thread], stage(step), taps, thread, weights, conv.O - first_output,
+               step);
+        });
+      block.commit();
+    };
+    for (int step = 0; step < T::kStages - 1; ++step) copy_stage(step);
+    for (int step = 0; step < steps; ++step) {
+      block.template wait<T::kStages - 2>();
+      block.sync();  // this stage is there for all, and the one before is no longer read
+      copy_stage(step + T::kStages - 1);
+      block.warps([&](int warp) { multiply(block, warp, stage(step), fragments, sums); });
+    }
+    block.threads(
+        [&](int thread) { store(sums[thread], thread, first_pixel, first_output, group); });
+  }
+};
+
+}  // namespace dlops::cuda

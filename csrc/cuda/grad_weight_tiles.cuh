@@ -1,0 +1,199 @@
+// The gradient of the weight as a product of tiles, whose column matrix exists in shared memory
+// alone.
+#pragma once
+
+#include "cuda/tensor_cores.cuh"
+
+namespace dlops::cuda {
+
+// sums (parts, groups, O, K) = grad_output^T (O x pixels) x columns (pixels x K), where each part
+// adds up `part_pixels` pixels, by tiles of kOutputs x kColumns. grad_output's channels are
+// neighbours in memory; columns are copied or gathered, as in conv2d_tiles.cuh.
+template <class scalar_t, int kOutputs, int kColumns, bool gathers>
+struct GradWeightTiles : Tile<scalar_t> {
+  using T = Tile<scalar_t>;
+  static constexpr int kBlocks = sizeof(scalar_t) == 4 && kOutputs == 128 ? 1 : 2;  // or it spills
+  static constexpr int kPixels = 32;                                                // a stage
+  // A stage holds panels of 32 pixels by 128 bytes.
+  static constexpr int kPanelBytes = kPixels * T::kRowBytes;
+  static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
+  static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
+  static constexpr int kTapBytes = gathers ? kColumns * static_cast<int>(sizeof(Tap)) : 0;
+  static constexpr int kSharedBytes = T::kStages * kStageBytes + kTapBytes;
+  using Products = WarpProducts<scalar_t, kOutputs, kColumns>;
+  static constexpr int M = Products::M, N = Products::N;
+  static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
+
+  TensorCoreConv2d<scalar_t> conv;
+  const scalar_t* grad_output;
+  int64_t grad_pixel, grad_group;  // steps in memory
+  float* sums;
+  bool adds;            // to what is there
+  int64_t part_pixels;  // a multiple of kPixels
+
+  DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
+  DLOPS_HOST_DEVICE int64_t column_tiles() const {
+    return tiles_of(static_cast<int64_t>(conv.R) * conv.S * conv.C, kColumns);
+  }
+  DLOPS_HOST_DEVICE int64_t parts() const { return tiles_of(conv.pixels(), part_pixels); }
+  DLOPS_HOST_DEVICE int64_t count() const {
+    return parts() * conv.groups * output_tiles() * column_tiles();
+  }
+
+  // The tile's place.
+  struct Place {
+    int first_output, first_column, group;
+    int64_t first_pixel, end_pixel;
+  };
+
+  // Eight rows of one chunk (what a transposed read takes), or four rows of two (what reads of
+  // single numbers take), lie in different banks.
+  DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* panels, int pixel, int chunk) {
+    const int place = sizeof(scalar_t) == 2 ? pixel & 7 : pixel * 2 & 7;
+    return panels + chunk / T::kChunks * kPanelBytes + pixel * T::kRowBytes +
+           ((chunk % T::kChunks) ^ place) * 16;
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void copy_outputs(Block& block, unsigned char* panels, int thread,
+                                 const Place& place, int64_t pixel) const {
+    constexpr int chunks = kOutputPanels * T::kChunks, rows = T::kThreads / chunks;
+    const int chunk = thread % chunks;
+    const int o = place.first_output + chunk * T::kChunk;
+    DLOPS_UNROLL
+    for (int row = thread / chunks; row < kPixels; row += rows)
+      block.template copy<16>(
+          chunk_at(panels, row, chunk),
+          grad_output + (pixel + row) * grad_pixel + place.group * grad_group + o,
+          o < conv.O && pixel + row < place.end_pixel);
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void copy_columns(Block& block, unsigned char* panels, const Tap* taps, int thread,
+                                 const Place& place, int64_t pixel) const {
+    constexpr int chunks = kColumnPanels * T::kChunks, rows = T::kThreads / chunks;
+    const int chunk = thread % chunks;
+    const int k = place.first_column + chunk * T::kChunk;
+    const Cell cell(conv, gathers ? 0 : k);
+    DLOPS_UNROLL
+    for (int row = thread / chunks; row < kPixels; row += rows) {
+      const Window<scalar_t> window(conv, pixel + row, place.end_pixel, place.group);
+      if constexpr (gathers) {
+        gather(chunk_at(panels, row, chunk), conv, window, taps + chunk * T::kChunk);
+      } else {
+        block.template copy<16>(chunk_at(panels, row, chunk), window.start + cell.offset,
+                                k < conv.column_rows() && window.inside(conv, cell));
+      }
+    }
+  }
+
+  // Two neighbouring fragments' worth of `chunk` and the next (eight 16-bit numbers each), of the
+  // pixels that one instruction adds up: to(thread)[0 .. 3], first along the `first` direction.
+  template <class Block, class F>
+  DLOPS_DEVICE static void load(Block& block, int warp, unsigned char* panels, int pixel,
+                                int element, bool pixels_first, const F& to) {
+    if constexpr (sizeof(scalar_t) == 2) {
+      block.load_transposed(warp, to, [&](int lane) {
+        const int second = lane / 8 % 2, third = lane / 16;
+        return chunk_at(panels, pixel + (pixels_first ? second : third) * 8 + lane % 8,
+                        element / T::kChunk + (pixels_first ? third : second));
+      });
+    } else {
+      block.lanes(warp, [&](int thread) {
+        const int lane = thread % 32;
+        DLOPS_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int second = i % 2, third = i / 2;
+          const int at = element + (pixels_first ? third : second) * 8 + lane / 4;
+          to(thread)[i] = *reinterpret_cast<const uint32_t*>(
+              chunk_at(panels, pixel + (pixels_first ? second : third) * 4 + lane % 4,
+                       at / T::kChunk) +
+              at % T::kChunk * sizeof(scalar_t));
+        }
+      });
+    }
+  }
+
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* panels, F& fragments,
+                                    S& sums) {
+    unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
+    const int output = Products::first_row(warp), column = Products::first_column(warp);
+    DLOPS_UNROLL
+    for (int pixel = 0; pixel < kPixels; pixel += kDepth) {
+      DLOPS_UNROLL
+      for (int m = 0; m < M; ++m)
+        load(block, warp, panels, pixel, output + m * 16, false,
+             [&](int thread) { return fragments[thread].a[m]; });
+      DLOPS_UNROLL
+      for (int n = 0; n < N; n += 2)
+        load(block, warp, columns, pixel, column + n * 8, true,
+             [&](int thread) { return &fragments[thread].b[n][0]; });
+      Products::add(block, warp, fragments, sums);
+    }
+  }
+
+  DLOPS_DEVICE void store(const typename Products::Sums& values, int thread, const Place& place,
+                          int64_t part) const {
+    const int warp = thread / 32;
+    const int K = conv.column_rows();
+    float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
+    const int first_output = place.first_output + Products::first_row(warp);
+    const int first_column = place.first_column + Products::first_column(warp);
+    Products::for_each(values, thread % 32, [&](int, int row, int column, float sum) {
+      const int o = first_output + row, k = first_column + column;
+      if (o >= conv.O || k >= K) return;
+      float& total = to[static_cast<int64_t>(o) * K + k];
+      total = adds ? total + sum : sum;
+    });
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
+    const int64_t outputs = output_tiles(), columns = column_tiles();
+    Place place;
+    place.first_column = static_cast<int>(tile % columns) * kColumns;
+    tile /= columns;
+    place.first_output = static_cast<int>(tile % outputs) * kOutputs;
+    tile /= outputs;
+    place.group = static_cast<int>(tile % conv.groups);
+    const int64_t part = tile / conv.groups;
+    place.first_pixel = part * part_pixels;
+    const int64_t end = place.first_pixel + part_pixels;
+    place.end_pixel = end < conv.pixels() ? end : conv.pixels();
+    const int64_t steps = tiles_of(place.end_pixel - place.first_pixel, kPixels);
+    const auto stage = [&](int64_t step) {
+      return shared + static_cast<int>(step % T::kStages) * kStageBytes;
+    };
+    Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
+
+    typename Block::template PerThread<typename Products::Fragments> fragments;
+    typename Block::template PerThread<typename Products::Sums> values;
+    block.threads([&](int thread) {
+      values[thread] = {};
+      if constexpr (gathers)
+        if (thread < kColumns) taps[thread] = Tap(conv, place.first_column + thread);
+    });
+    if constexpr (gathers) block.sync();
+    const auto copy_stage = [&](int64_t step) {
+      if (step < steps)
+        block.threads([&](int thread) {
+          const int64_t pixel = place.first_pixel + step * kPixels;
+          copy_outputs(block, stage(step), thread, place, pixel);
+          copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, taps, thread, place,
+                       pixel);
+        });
+      block.commit();
+    };
+    for (int step = 0; step < T::kStages - 1; ++step) copy_stage(step);
+    for (int64_t step = 0; step < steps; ++step) {
+      block.template wait<T::kStages - 2>();
+      block.sync();
+      copy_stage(step + T::kStages - 1);
+      block.warps([&](int warp) { multiply(block, warp, stage(step), fragments, values); });
+    }
+    block.threads([&](int thread) { store(values[thread], thread, place, part); });
+  }
+};
+
+}  // namespace dlops::cuda
