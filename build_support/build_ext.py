@@ -140,7 +140,7 @@ class BuildExt(cpp_extension.BuildExtension):
         try:
             super().build_extensions()
         except ValueError as error:  # torch's, about an architecture that it does not know
-            fail(f"TORCH_CUDA_ARCH_LIST={arch_list()!r}: {error}. Fix: give it as '8.0;9.0+PTX'")
+            fail(f"TORCH_CUDA_ARCH_LIST={arch_list()!r}: {error}. Fix: give it as '8.0+PTX;9.0a'")
         except (RuntimeError, CompileError, LinkError) as error:
             fail(f"{error}{COMPILE_FIX}")
 

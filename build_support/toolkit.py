@@ -11,7 +11,8 @@ from pathlib import Path
 
 from build_support.checks import fail
 
-DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+# 9.0a has Hopper's own instructions, whose PTX serves no other GPU: 8.0's serves the rest.
+DEFAULT_ARCH_LIST = "8.0+PTX;9.0a"
 
 # What dlops and torch's own CUDA headers include; a runtime-only toolkit lacks some of them.
 HEADERS = ("cuda_runtime.h", "cublas_v2.h", "cusparse.h", "cusolverDn.h")

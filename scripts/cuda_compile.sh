@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles and links the CUDA kernels for sm_80, sm_90 and PTX, warnings as errors, and checks the
+# Compiles and links the CUDA kernels for sm_80, sm_90a and PTX, warnings as errors, and checks the
 # result as far as a machine without a GPU can: every symbol resolves, every architecture is in it.
 # The build goes to build/cuda; the installed dlops stays as it is.
 #
@@ -37,7 +37,7 @@ if [ ! -x "$cuobjdump" ]; then
   site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   cuobjdump=$site/nvidia/cu${cuda%%.*}/bin/cuobjdump
 fi
-export CUDA_HOME DLOPS_CUDA=1 DLOPS_WERROR=1 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"
+export CUDA_HOME DLOPS_CUDA=1 DLOPS_WERROR=1 TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0a"
 
 rm -rf build/cuda/lib.*
 # CUDA changes nothing in the CPU's vector kernels: those of the usual build serve, where they are fresh.
@@ -60,9 +60,9 @@ assert Path(dlops.__file__).is_relative_to(Path.cwd()), f"{dlops.__file__} is no
 assert _C.build_info()["cuda"], _C.build_info()
 PY
 for kind in elf ptx; do
-  "$cuobjdump" --list-$kind dlops/_C.*.so | grep -o 'sm_[0-9]*' | sort | uniq -c | sed "s/$/ ($kind)/"
+  "$cuobjdump" --list-$kind dlops/_C.*.so | grep -o 'sm_[0-9a]*' | sort | uniq -c | sed "s/$/ ($kind)/"
 done > images
 cat images
-for image in "sm_80 (elf)" "sm_90 (elf)" "sm_90 (ptx)"; do
+for image in "sm_80 (elf)" "sm_90a (elf)" "sm_80 (ptx)"; do
   grep -qF "$image" images || { echo "no $image in the binary"; exit 1; }
 done

@@ -4,11 +4,13 @@
 # with torch, nvcc, ninja, pytest and hypothesis must be there. Ends within ten minutes; a step that
 # fails or runs out of time does not stop the others. Exits with 1 where any of them did.
 #
-#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks]     (default: all)
+#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks] [implicit_gemm]     (default: all)
+#
+# implicit_gemm: the benchmarks of convolution without a column matrix.
 #
 #   OUT=folder               where the results go (default benchmarks/results)
 #   PYTHON=path              the Python to use (default python3)
-#   TORCH_CUDA_ARCH_LIST     what to build for (default 9.0)
+#   TORCH_CUDA_ARCH_LIST     what to build for (default 9.0a)
 #   GPU_CHECK_SECONDS        time for everything (default 570)
 #
 # Writes gpu_check.json (steps, tests, machine), gpu_check.log (what each step printed) and, for each
@@ -17,9 +19,9 @@ set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 out=$(realpath -m "${OUT:-$root/benchmarks/results}")
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
-wanted=${*:-build tests sanitizers benchmarks}
+wanted=${*:-build tests sanitizers benchmarks implicit_gemm}
 work=$root/build/gpu_check
 site=$work/site
 logs=$work/logs
@@ -155,16 +157,20 @@ if wants sanitizers; then
   done
 fi
 wait
+benchmark() {
+  local name=$1
+  shift
+  step "benchmarks_$name" 240 bash -c "installed \"\$python\" -m benchmarks --device cuda $* \
+    --seconds 0.1 --no-compile --out $(printf %q "$out")/gpu-$name"
+}
 if wants benchmarks; then
-  benchmark() {
-    local name=$1
-    shift
-    step "benchmarks_$name" 240 bash -c "installed \"\$python\" -m benchmarks --device cuda $* \
-      --seconds 0.1 --no-compile --out $(printf %q "$out")/gpu-$name"
-  }
   benchmark bfloat16 --dtype bfloat16
   benchmark float32 --dtype float32
-  DLOPS_CUDA_CONV2D=implicit_gemm benchmark bfloat16-implicit-gemm --dtype bfloat16 --only conv2d
+fi
+if wants implicit_gemm; then
+  DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-bfloat16 --dtype bfloat16 --only conv2d
+  DLOPS_CUDA_CONV2D=implicit_gemm_wgmma benchmark wgmma-bfloat16 --dtype bfloat16 --only conv2d
+  DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-tf32 --dtype float32 --tf32 --only conv2d
 fi
 
 for log in "$logs"/*.log "$logs"/sanitizer_*.txt; do

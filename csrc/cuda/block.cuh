@@ -9,6 +9,8 @@
 #include "common/cuda_utils.cuh"
 
 #if defined(__CUDACC__)
+#include "cuda/wgmma.cuh"
+
 #define DLOPS_DEVICE __device__ __forceinline__
 
 namespace dlops::cuda {
@@ -31,6 +33,11 @@ class Block {
   template <class F>
   DLOPS_DEVICE void warps(const F& f) const {
     f(static_cast<int>(threadIdx.x) / 32);
+  }
+  // Calls f(group) in every four warps, for what these do together.
+  template <class F>
+  DLOPS_DEVICE void groups(const F& f) const {
+    f(static_cast<int>(threadIdx.x) / 128);
   }
   // Calls f(thread) in the threads of this warp.
   template <class F>
@@ -117,6 +124,25 @@ class Block {
     }
   }
 
+  // sums (64 x columns) += a (64 x 16) x b (16 x columns) of 16-bit numbers, by a group of warps:
+  // started here, and there after finish(). Both factors lie in rows of 128 bytes, permuted as
+  // chunk ^ row % 8 in memory aligned to 1024 bytes. A row runs over the numbers that are added up
+  // or, `transposed`, over 64 of the others, where the next 64 follow after `leading` bytes. A
+  // thread holds the sums that multiply_add gives it, of its warp's 16 rows and each eight columns.
+  template <class scalar_t, int columns, bool transposed, class C>
+  DLOPS_DEVICE void start_product(int, const C& sums, const unsigned char* a,
+                                  const unsigned char* b, int leading) const {
+    start_wgmma<scalar_t, columns, transposed>(
+        sums(static_cast<int>(threadIdx.x)), shared_matrix(a, leading), shared_matrix(b, leading));
+  }
+  // Around the products of one stage.
+  DLOPS_DEVICE void open_products() const { open_wgmma(); }
+  DLOPS_DEVICE void close_products() const { close_wgmma(); }
+  // Waits until all products that were started are there.
+  DLOPS_DEVICE void finish_products() const { wait_for_wgmma(); }
+  // Shows products what the thread wrote to shared memory, or what was copied for it.
+  DLOPS_DEVICE void publish() const { publish_for_wgmma(); }
+
  private:
   template <class G>
   DLOPS_DEVICE static unsigned own_address(const G& from) {
@@ -134,7 +160,7 @@ class Block {
 template <class Tiles>
 __global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
     for_each_tile_kernel(const Tiles tiles) {
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   Block block;
   for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {
     block.sync();  // until every warp is done with the last tile's memory

@@ -99,6 +99,18 @@ void launch_conv2d(const Conv2dGeometry& g, const TileImages& images, bool gathe
                                 tiles_of(images.memory.size(0) * g.output_pixels(), 128) *
                                 tiles_of(outputs, 128);
     const bool large = large_tiles >= kEnoughTiles;
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (large && asks_for_wgmma()) {
+        if (gathers) {
+          launch(Conv2dTiles<scalar_t, 128, 64, true, GroupProducts>());
+        } else if (outputs > 64) {
+          launch(Conv2dTiles<scalar_t, 128, 128, false, GroupProducts>());
+        } else {
+          launch(Conv2dTiles<scalar_t, 128, 64, false, GroupProducts>());
+        }
+        return;
+      }
+    }
     if (gathers && large) {
       launch(Conv2dTiles<scalar_t, 128, 64, true>());
     } else if (gathers) {

@@ -9,8 +9,16 @@
 
 namespace dlops::cuda {
 
-// Enough tiles to occupy the largest devices, where there are as many.
-constexpr int64_t kEnoughTiles = 264;
+// Whether Hopper's products of groups of warps are asked for,
+// DLOPS_CUDA_CONV2D=implicit_gemm_wgmma: an error where the device or the build has none.
+bool asks_for_wgmma();
+
+// Enough tiles to occupy the largest devices, where there are as many. Fewer in tests, so that small
+// cases meet large tiles.
+#if !defined(DLOPS_ENOUGH_TILES)
+#define DLOPS_ENOUGH_TILES 264
+#endif
+constexpr int64_t kEnoughTiles = DLOPS_ENOUGH_TILES;
 
 // Calls f(scalar_t()).
 template <class F>

@@ -17,6 +17,16 @@
 namespace dlops::cuda {
 namespace {
 
+std::string_view choice() {
+  const char* const asked = std::getenv("DLOPS_CUDA_CONV2D");
+  const std::string_view value = asked == nullptr ? "im2col" : asked;
+  TORCH_CHECK_VALUE(
+      value == "im2col" || value == "implicit_gemm" || value == "implicit_gemm_wgmma",
+      "DLOPS_CUDA_CONV2D must be im2col (the default), implicit_gemm or implicit_gemm_wgmma, got ",
+      value);
+  return value;
+}
+
 bool has_tensor_cores() {
 #if defined(__CUDACC__)
   return at::cuda::getCurrentDeviceProperties()->major >= 8;
@@ -64,12 +74,22 @@ bool has_chunks(const at::Tensor& images, int64_t groups) {
 
 }  // namespace
 
-bool asks_for_implicit_gemm() {
-  const char* const choice = std::getenv("DLOPS_CUDA_CONV2D");
-  const std::string_view value = choice == nullptr ? "im2col" : choice;
-  TORCH_CHECK_VALUE(value == "im2col" || value == "implicit_gemm",
-                    "DLOPS_CUDA_CONV2D must be im2col (the default) or implicit_gemm, got ", value);
-  return value == "implicit_gemm";
+bool asks_for_implicit_gemm() { return choice() != "im2col"; }
+
+bool asks_for_wgmma() {
+  if (choice() != "implicit_gemm_wgmma") return false;
+#if defined(__CUDACC__)
+  const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
+  TORCH_CHECK(
+      device.major == 9 && device.minor == 0,
+      "DLOPS_CUDA_CONV2D=implicit_gemm_wgmma needs a device of compute capability 9.0, this "
+      "one has ",
+      device.major, ".", device.minor, "; implicit_gemm serves all from 8.0 on");
+  TORCH_CHECK(std::string_view(DLOPS_CUDA_ARCH_LIST).find("9.0a") != std::string_view::npos,
+              "DLOPS_CUDA_CONV2D=implicit_gemm_wgmma needs a build for 9.0a, this one is for ",
+              DLOPS_CUDA_ARCH_LIST, "; set TORCH_CUDA_ARCH_LIST=9.0a and build again");
+#endif
+  return true;
 }
 
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {

@@ -88,6 +88,16 @@ void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output
         launch_grad_weight(tiles, tensor_core_conv2d<scalar_t>(g, memory), grad, part_pixels, n > 0,
                            sums);
       };
+      if constexpr (sizeof(scalar_t) == 2) {
+        if (g.outputs_per_group() > 64 && !gathered && asks_for_wgmma()) {
+          if (g.column_rows() > 64) {
+            launch(GradWeightTiles<scalar_t, 128, 128, false, GroupProducts>());
+          } else {
+            launch(GradWeightTiles<scalar_t, 128, 64, false, GroupProducts>());
+          }
+          continue;
+        }
+      }
       if (gathered) {
         launch(GradWeightTiles<scalar_t, 64, 64, true>());
       } else if (g.outputs_per_group() > 64 && g.column_rows() > 64) {

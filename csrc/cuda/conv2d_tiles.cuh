@@ -16,10 +16,12 @@ struct OutputPlace {
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
 // kOutputs. Neighbouring columns are copied by 16 bytes, where channels are neighbours in memory
 // and fill them; otherwise, in first layers, each is looked up among the taps and gathered.
-template <class scalar_t, int kPixels, int kOutputs, bool gathers>
+// Multiply is WarpProducts or GroupProducts.
+template <class scalar_t, int kPixels, int kOutputs, bool gathers,
+          template <class, int, int> class Multiply = WarpProducts>
 struct Conv2dTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
-  using Products = WarpProducts<scalar_t, kPixels, kOutputs>;
+  using Products = Multiply<scalar_t, kPixels, kOutputs>;
   static constexpr int M = Products::M, N = Products::N;
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
   static constexpr int kMostTaps = 384;  // two blocks of 128 x 64 still share sm_80's memory
@@ -77,8 +79,8 @@ struct Conv2dTiles : Tile<scalar_t> {
 
   // The products of one stage that a warp has to add.
   template <class Block, class F, class S>
-  DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* tile, F& fragments,
-                                    S& sums) {
+  DLOPS_DEVICE static void multiply_warp(Block& block, int warp, unsigned char* tile, F& fragments,
+                                         S& sums) {
     const int pixel = Products::first_row(warp);
     const int output = kPixels + Products::first_column(warp);
     DLOPS_UNROLL
@@ -102,6 +104,21 @@ struct Conv2dTiles : Tile<scalar_t> {
     }
   }
 
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void multiply(Block& block, unsigned char* tile, F& fragments, S& sums) {
+    if constexpr (Products::kByGroups) {
+      block.groups([&](int group) {
+        DLOPS_UNROLL
+        for (int bytes = 0; bytes < T::kRowBytes; bytes += 32)
+          Products::template start<false>(block, group, sums,
+                                          tile + group * 64 * T::kRowBytes + bytes,
+                                          tile + kPixels * T::kRowBytes + bytes);
+      });
+    } else {
+      block.warps([&](int warp) { multiply_warp(block, warp, tile, fragments, sums); });
+    }
+  }
+
   // The bias joins the sums before they are rounded.
   DLOPS_DEVICE void store(const typename Products::Sums& sums, int thread, int64_t first_pixel,
                           int first_output, int group) const {
@@ -111,7 +128,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     DLOPS_UNROLL
     for (int i = 0; i < M * 2; ++i)
       to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
-    Products::for_each(sums, lane, [&](int which, int, int column, float sum) {
+    sums.for_each(lane, [&](int which, int, int column, float sum) {
       const int o = first_output + Products::first_column(warp) + column;
       if (to[which] < 0 || o >= conv.O) return;
       const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
@@ -132,7 +149,9 @@ struct Conv2dTiles : Tile<scalar_t> {
     const scalar_t* weights =
         weight + (static_cast<int64_t>(group) * conv.O + first_output) * weight_row;
     const int steps = static_cast<int>(tiles_of(weight_row, T::kRow));
-    const auto stage = [&](int step) { return shared + step % T::kStages * kStageBytes; };
+    const auto stage = [&](int64_t step) {
+      return shared + static_cast<int>(step) % T::kStages * kStageBytes;
+    };
     Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
 
     typename Block::template PerThread<Windows> windows;
@@ -147,21 +166,15 @@ struct Conv2dTiles : Tile<scalar_t> {
         for (int k = thread; k < steps * T::kRow; k += T::kThreads) taps[k] = Tap(conv, k);
     });
     if constexpr (gathers) block.sync();
-    const auto copy_stage = [&](int step) {
-      if (step < steps)
-        block.threads([&](int thread) {
-          copy(block, windows[thread], stage(step), taps, thread, weights, conv.O - first_output,
-               step);
-        });
-      block.commit();
-    };
-    for (int step = 0; step < T::kStages - 1; ++step) copy_stage(step);
-    for (int step = 0; step < steps; ++step) {
-      block.template wait<T::kStages - 2>();
-      block.sync();  // this stage is there for all, and the one before is no longer read
-      copy_stage(step + T::kStages - 1);
-      block.warps([&](int warp) { multiply(block, warp, stage(step), fragments, sums); });
-    }
+    run_stages<Products, T::kStages>(
+        block, steps,
+        [&](int64_t step) {
+          block.threads([&](int thread) {
+            copy(block, windows[thread], stage(step), taps, thread, weights, conv.O - first_output,
+                 static_cast<int>(step));
+          });
+        },
+        [&](int64_t step) { multiply(block, stage(step), fragments, sums); });
     block.threads(
         [&](int thread) { store(sums[thread], thread, first_pixel, first_output, group); });
   }

@@ -9,7 +9,8 @@ namespace dlops::cuda {
 // sums (parts, groups, O, K) = grad_output^T (O x pixels) x columns (pixels x K), where each part
 // adds up `part_pixels` pixels, by tiles of kOutputs x kColumns. grad_output's channels are
 // neighbours in memory; columns are copied or gathered, as in conv2d_tiles.cuh.
-template <class scalar_t, int kOutputs, int kColumns, bool gathers>
+template <class scalar_t, int kOutputs, int kColumns, bool gathers,
+          template <class, int, int> class Multiply = WarpProducts>
 struct GradWeightTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
   static constexpr int kBlocks = sizeof(scalar_t) == 4 && kOutputs == 128 ? 1 : 2;  // or it spills
@@ -20,7 +21,7 @@ struct GradWeightTiles : Tile<scalar_t> {
   static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
   static constexpr int kTapBytes = gathers ? kColumns * static_cast<int>(sizeof(Tap)) : 0;
   static constexpr int kSharedBytes = T::kStages * kStageBytes + kTapBytes;
-  using Products = WarpProducts<scalar_t, kOutputs, kColumns>;
+  using Products = Multiply<scalar_t, kOutputs, kColumns>;
   static constexpr int M = Products::M, N = Products::N;
   static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
 
@@ -115,8 +116,8 @@ struct GradWeightTiles : Tile<scalar_t> {
   }
 
   template <class Block, class F, class S>
-  DLOPS_DEVICE static void multiply(Block& block, int warp, unsigned char* panels, F& fragments,
-                                    S& sums) {
+  DLOPS_DEVICE static void multiply_warp(Block& block, int warp, unsigned char* panels,
+                                         F& fragments, S& sums) {
     unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
     const int output = Products::first_row(warp), column = Products::first_column(warp);
     DLOPS_UNROLL
@@ -133,6 +134,21 @@ struct GradWeightTiles : Tile<scalar_t> {
     }
   }
 
+  template <class Block, class F, class S>
+  DLOPS_DEVICE static void multiply(Block& block, unsigned char* panels, F& fragments, S& sums) {
+    if constexpr (Products::kByGroups) {
+      block.groups([&](int group) {
+        DLOPS_UNROLL
+        for (int pixel = 0; pixel < kPixels; pixel += kDepth)
+          Products::template start<true>(
+              block, group, sums, panels + group * kPanelBytes + pixel * T::kRowBytes,
+              panels + kOutputPanels * kPanelBytes + pixel * T::kRowBytes, kPanelBytes);
+      });
+    } else {
+      block.warps([&](int warp) { multiply_warp(block, warp, panels, fragments, sums); });
+    }
+  }
+
   DLOPS_DEVICE void store(const typename Products::Sums& values, int thread, const Place& place,
                           int64_t part) const {
     const int warp = thread / 32;
@@ -140,7 +156,7 @@ struct GradWeightTiles : Tile<scalar_t> {
     float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
     const int first_output = place.first_output + Products::first_row(warp);
     const int first_column = place.first_column + Products::first_column(warp);
-    Products::for_each(values, thread % 32, [&](int, int row, int column, float sum) {
+    values.for_each(thread % 32, [&](int, int row, int column, float sum) {
       const int o = first_output + row, k = first_column + column;
       if (o >= conv.O || k >= K) return;
       float& total = to[static_cast<int64_t>(o) * K + k];
@@ -175,23 +191,17 @@ struct GradWeightTiles : Tile<scalar_t> {
         if (thread < kColumns) taps[thread] = Tap(conv, place.first_column + thread);
     });
     if constexpr (gathers) block.sync();
-    const auto copy_stage = [&](int64_t step) {
-      if (step < steps)
-        block.threads([&](int thread) {
+    run_stages<Products, T::kStages>(
+        block, steps,
+        [&](int64_t step) {
           const int64_t pixel = place.first_pixel + step * kPixels;
-          copy_outputs(block, stage(step), thread, place, pixel);
-          copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, taps, thread, place,
-                       pixel);
-        });
-      block.commit();
-    };
-    for (int step = 0; step < T::kStages - 1; ++step) copy_stage(step);
-    for (int64_t step = 0; step < steps; ++step) {
-      block.template wait<T::kStages - 2>();
-      block.sync();
-      copy_stage(step + T::kStages - 1);
-      block.warps([&](int warp) { multiply(block, warp, stage(step), fragments, values); });
-    }
+          block.threads([&](int thread) {
+            copy_outputs(block, stage(step), thread, place, pixel);
+            copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, taps, thread, place,
+                         pixel);
+          });
+        },
+        [&](int64_t step) { multiply(block, stage(step), fragments, values); });
     block.threads([&](int thread) { store(values[thread], thread, place, part); });
   }
 };

@@ -132,12 +132,32 @@ struct Tile {
   static constexpr int kRow = kChunks * kChunk;
 };
 
+// The sums that a thread holds: M by N products of 16 x 8.
+template <int M, int N>
+struct ThreadSums {
+  float values[M][N][4];
+
+  // Calls f(which, row, column, sum) for each, rows and columns counted from the warp's first.
+  // `which` numbers the thread's rows, and is known to the compiler: what it indexes stays in
+  // registers.
+  template <class F>
+  DLOPS_DEVICE void for_each(int lane, const F& f) const {
+    DLOPS_UNROLL
+    for (int i = 0; i < M * N * 4; ++i) {
+      const int m = i / (N * 4), n = i / 4 % N, place = i % 4;
+      f(m * 2 + place / 2, m * 16 + place / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + place % 2,
+        values[m][n][place]);
+    }
+  }
+};
+
 // The sums of a tile of rows x columns, shared out among the warps: each has 32 columns of some
 // rows, which it multiplies as products of 16 x 8.
 template <class scalar_t, int rows, int columns>
 struct WarpProducts {
   static constexpr int kAcross = columns / 32, kRows = rows * kAcross / Tile<scalar_t>::kWarps;
   static constexpr int M = kRows / 16, N = 4;
+  static constexpr bool kByGroups = false;
   static_assert(M >= 1 && M * 16 * Tile<scalar_t>::kWarps == rows * kAcross);
   DLOPS_DEVICE static int first_row(int warp) { return warp / kAcross * kRows; }
   DLOPS_DEVICE static int first_column(int warp) { return warp % kAcross * 32; }
@@ -145,9 +165,7 @@ struct WarpProducts {
   struct Fragments {
     uint32_t a[M][4], b[N][2];
   };
-  struct Sums {
-    float values[M][N][4];
-  };
+  using Sums = ThreadSums<M, N>;
 
   template <class Block, class F, class S>
   DLOPS_DEVICE static void add(Block& block, int warp, F& fragments, S& sums) {
@@ -160,18 +178,57 @@ struct WarpProducts {
           [&](int thread) { return fragments[thread].b[n]; });
     }
   }
+};
 
-  // Calls f(which, row, column, sum) for the sums that a thread of the warp holds. `which` numbers
-  // its rows, and is known to the compiler: what it indexes stays in registers.
-  template <class F>
-  DLOPS_DEVICE static void for_each(const Sums& sums, int lane, const F& f) {
-    DLOPS_UNROLL
-    for (int i = 0; i < M * N * 4; ++i) {
-      const int m = i / (N * 4), n = i / 4 % N, place = i % 4;
-      f(m * 2 + place / 2, m * 16 + place / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + place % 2,
-        sums.values[m][n][place]);
-    }
+// The same shared out among two groups of four warps (wgmma): each has half the rows, a warp 16 of
+// them, and every column.
+template <class scalar_t, int rows, int columns>
+struct GroupProducts {
+  static constexpr int M = 1, N = columns / 8;
+  static constexpr bool kByGroups = true;
+  static_assert(rows == 128 && Tile<scalar_t>::kThreads == 256 && sizeof(scalar_t) == 2);
+  DLOPS_DEVICE static int first_row(int warp) { return warp * 16; }
+  DLOPS_DEVICE static int first_column(int) { return 0; }
+
+  struct Fragments {};  // the factors stay in shared memory
+  using Sums = ThreadSums<M, N>;
+
+  // Starts a product of 16 numbers each.
+  template <bool transposed, class Block, class S>
+  DLOPS_DEVICE static void start(Block& block, int group, S& sums, const unsigned char* a,
+                                 const unsigned char* b, int leading = 0) {
+    block.template start_product<scalar_t, columns, transposed>(
+        group, [&](int thread) { return &sums[thread].values[0][0][0]; }, a, b, leading);
   }
 };
+
+// The stages of a product, in their order: copy(step) starts to copy one, multiply(step) multiplies
+// it.
+template <class Products, int stages, class Block, class F, class G>
+DLOPS_DEVICE void run_stages(Block& block, int64_t steps, const F& copy, const G& multiply) {
+  const auto copy_stage = [&](int64_t step) {
+    if (step < steps) copy(step);
+    block.commit();
+  };
+  for (int step = 0; step < stages - 1; ++step) copy_stage(step);
+  for (int64_t step = 0; step < steps; ++step) {
+    block.template wait<stages - 2>();
+    if constexpr (Products::kByGroups) {
+      block.finish_products();
+      block.publish();
+    }
+    block.sync();  // this stage is there for all, and the one before is no longer read
+    if constexpr (Products::kByGroups) {
+      block.open_products();
+      multiply(step);
+      block.close_products();
+      copy_stage(step + stages - 1);
+    } else {
+      copy_stage(step + stages - 1);
+      multiply(step);
+    }
+  }
+  if constexpr (Products::kByGroups) block.finish_products();
+}
 
 }  // namespace dlops::cuda

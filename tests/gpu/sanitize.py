@@ -34,10 +34,14 @@ def main() -> None:
     losses += [focal_loss(case, v, gamma=2.0, reduction="mean") for case in ROWS for v in VARIANTS]
     for dtype in (torch.float32, torch.bfloat16):
         run(images + losses, dtype)
-    os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm"
     torch.set_float32_matmul_precision("high")
+    convolutions = [problem for problem in images if "conv2d" in problem.id] + tiles
+    os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm"
     for dtype in (torch.float32, torch.bfloat16):
-        run([problem for problem in images if "conv2d" in problem.id] + tiles, dtype)
+        run(convolutions, dtype)
+    if torch.cuda.get_device_capability() == (9, 0):
+        os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_wgmma"
+        run(convolutions, torch.bfloat16)
     torch.cuda.synchronize()
     print("sanitize: done")
 

@@ -1,6 +1,6 @@
-"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm: implicit GEMM on the tensor
-cores and depthwise kernels, exact on small integers wherever tiles end, and as near to the truth as
-native.
+"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm or implicit_gemm_wgmma:
+implicit GEMM on the tensor cores and depthwise kernels, exact on small integers wherever tiles end,
+and as near to the truth as native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
 """
@@ -40,27 +40,28 @@ LOW_PRECISION = [torch.bfloat16, torch.float16]
 DTYPES = [*LOW_PRECISION, torch.float32]
 dtypes = parametrize("dtype", DTYPES, ids=ids)
 
+# Images with enough pixels for large tiles; on the host few are enough (test_on_host.py).
+N, H, W = (3, 107, 106) if DEVICE == "cuda" else (1, 33, 32)
 # Whole tiles and their ends in every direction, columns copied by 16 bytes and gathered one by one,
 # channels that fill whole copies and that do not, many tiles and few, one part of the pixels and
 # many.
 TILES = [
     Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
     Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
-    Conv2dCase("large_tiles", (3, 8, 107, 106), (72, 8, 1, 1)),
-    Conv2dCase("large_narrow_tiles", (3, 8, 107, 106), (40, 8, 1, 1)),
+    Conv2dCase("large_tiles", (N, 24, H, W), (136, 24, 3, 3)),
+    Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 1)),
+    Conv2dCase("large_groups", (N, 48, H, W), (144, 24, 1, 2), padding=(0, 1), groups=2),
     Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
     Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (2, 6), 5, (2, 3)),
     Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 3)),
     Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
     Conv2dCase("filled_up_groups", (2, 36, 9, 10), (30, 12, 3, 3), padding=1, groups=3),
     Conv2dCase("first_layer", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
-    Conv2dCase("first_layer_large", (3, 3, 107, 106), (40, 3, 1, 1)),
+    Conv2dCase("first_layer_large", (N, 3, H, W), (40, 3, 3, 3)),
     Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), groups=3),
     Conv2dCase("too_many_taps_to_gather", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
     Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
 ]
-if DEVICE == "cuda":  # deep enough for every stage, which takes the host too long
-    TILES.append(Conv2dCase("large_deep_tiles", (3, 24, 107, 106), (72, 24, 3, 3)))
 # Without products: vectors of channels, four planes at a time and what is left of them.
 DEPTHWISE = [
     Conv2dCase("depthwise_vectors", (3, 24, 9, 10), (24, 1, 3, 3), padding=1, groups=24),
@@ -111,6 +112,23 @@ def test_exact_on_small_integers(case: Conv2dCase, layout: str, dtype: torch.dty
     check_rounded_once(problem, [LAYOUTS[layout](image), *others], dtype)
 
 
+def ask_for_wgmma(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a device of compute capability 9.0")
+    monkeypatch.setenv("DLOPS_CUDA_CONV2D", "implicit_gemm_wgmma")
+
+
+@pytest.mark.exact
+@parametrize("dtype", LOW_PRECISION, ids=ids)
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("case", TILES, ids=ids)
+def test_wgmma_is_exact_on_small_integers(
+    case: Conv2dCase, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for_wgmma(monkeypatch)
+    test_exact_on_small_integers(case, layout, dtype)
+
+
 @pytest.mark.exact
 @dtypes
 @parametrize("multiple", [1, 8])
@@ -132,6 +150,16 @@ def test_as_near_to_the_truth_as_native(case: Conv2dCase, dtype: torch.dtype) ->
     theirs = values_and_gradients(problem.native, on_device(inputs))
     for name, result in values_and_gradients(problem.ours, on_device(inputs)).items():
         assert_accurate(result, theirs[name], truth[name], name)
+
+
+@pytest.mark.native
+@parametrize("dtype", LOW_PRECISION, ids=ids)
+@parametrize("case", TILES, ids=ids)
+def test_wgmma_is_as_near_to_the_truth_as_native(
+    case: Conv2dCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for_wgmma(monkeypatch)
+    test_as_near_to_the_truth_as_native(case, dtype)
 
 
 @pytest.mark.native
@@ -180,6 +208,17 @@ def test_same_bits_on_every_run(dtype: torch.dtype) -> None:
     check_same_bits([values_and_gradients(problem.ours, inputs) for _ in range(3)])
 
 
+@pytest.mark.determinism
+@parametrize("dtype", LOW_PRECISION, ids=ids)
+def test_wgmma_gives_the_same_bits_on_every_run(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for_wgmma(monkeypatch)
+    problem = conv2d(next(case for case in TILES if case.id == "large_tiles"))
+    inputs = on_device(cast(problem.inputs, dtype))
+    check_same_bits([values_and_gradients(problem.ours, inputs) for _ in range(3)])
+
+
 @pytest.mark.native
 @parametrize("dtype", [torch.float32, torch.float64], ids=ids)
 @parametrize("case", [TILES[0], *DEPTHWISE], ids=ids)
@@ -196,7 +235,7 @@ def test_all_digits_where_they_are_asked_for(case: Conv2dCase, dtype: torch.dtyp
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLOPS_CUDA_CONV2D", "fastest")
     x = torch.ones(1, 1, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm, got fastest"):
+    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm_wgmma, got fastest"):
         F.conv2d(x, x)
 
 
@@ -214,3 +253,16 @@ def test_it_is_the_tensor_cores_that_multiply(monkeypatch: pytest.MonkeyPatch) -
         with torch.profiler.profile() as profile:
             conv()
         assert any("Conv2dTiles" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.native
+@pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
+def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_for_wgmma(monkeypatch)
+    problem = conv2d(next(case for case in TILES if case.id == "large_tiles"))
+    inputs = on_device(cast(problem.inputs, torch.bfloat16))
+    with torch.profiler.profile() as profile:
+        values_and_gradients(problem.ours, inputs)
+    kernels = [event.key for event in profile.key_averages() if "GroupProducts" in event.key]
+    assert any("Conv2dTiles" in kernel for kernel in kernels)
+    assert any("GradWeightTiles" in kernel for kernel in kernels)

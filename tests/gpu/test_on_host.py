@@ -66,7 +66,8 @@ def compile_command(source: Path, target: Path) -> list[str | Path]:
         *("-std=c++20", "-O1", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror"),
         *(flag for folder in include for flag in ("-isystem", folder)),
         *("-I", CSRC, "-I", TESTS / "gpu" / "host", "-DTORCH_EXTENSION_NAME=_C"),
-        "-DDLOPS_WORKSPACE_BYTES=8192",
+        # Small, so that small cases are cut and meet every tile.
+        *("-DDLOPS_WORKSPACE_BYTES=8192", "-DDLOPS_ENOUGH_TILES=8"),
         *(f'-DDLOPS_{name}=""' for name in texts),
         *("-x", "c++", "-c", source, "-o", target),
     ]

@@ -8,6 +8,8 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -33,6 +35,10 @@ class Block {
   template <class F>
   void warps(const F& f) const {
     for (int warp = 0; warp < kThreads / 32; ++warp) f(warp);
+  }
+  template <class F>
+  void groups(const F& f) const {
+    for (int group = 0; group < kThreads / 128; ++group) f(group);
   }
   template <class F>
   void lanes(int warp, const F& f) const {
@@ -100,7 +106,54 @@ class Block {
           sums(warp * 32 + lane)[i] += a[lane / 4 + i / 2 * 8][k] * b[lane % 4 * 2 + i % 2][k];
   }
 
+  // Some products are worked out at once, the others no sooner than someone waits for them, from
+  // what is in memory by then.
+  template <class scalar_t, int columns, bool transposed, class C>
+  void start_product(int group, const C& sums, const unsigned char* a, const unsigned char* b,
+                     int leading) {
+    std::array<float*, 128> threads;
+    for (int i = 0; i < 128; ++i) threads[static_cast<size_t>(i)] = sums(group * 128 + i);
+    const std::function<void()> product = [=] {
+      for (int row = 0; row < 64; ++row)
+        for (int column = 0; column < columns; ++column) {
+          const int lane = row % 8 * 4 + column % 8 / 2;
+          float& sum = threads[static_cast<size_t>(row / 16 * 32 + lane)]
+                              [column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
+          for (int k = 0; k < 16; ++k)
+            sum += static_cast<float>(shared_element<scalar_t, transposed>(a, row, k, leading)) *
+                   static_cast<float>(shared_element<scalar_t, transposed>(b, column, k, leading));
+        }
+    };
+    random_ = random_ * 1664525 + 1013904223;
+    if (random_ >> 31 != 0) {
+      finish_products();  // in their order
+      product();
+    } else {
+      products_.push_back(product);
+    }
+  }
+  void open_products() const {}
+  void close_products() const {}
+  void finish_products() {
+    for (const auto& product : products_) product();
+    products_.clear();
+  }
+  void publish() const {}
+
  private:
+  // The manual's canonical layouts with the swizzle of 128 bytes: 8 rows of 128 bytes lie together,
+  // and bits 4 to 6 of an address are changed by bits 7 to 9.
+  template <class scalar_t, bool transposed>
+  static scalar_t shared_element(const unsigned char* start, int row, int k, int leading) {
+    const int bytes = transposed ? row / 64 * leading + k / 8 * 1024 + k % 8 * 128 + row % 64 * 2
+                                 : row / 8 * 1024 + row % 8 * 128 + k * 2;
+    auto address = reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes);
+    address ^= (address >> 7 & 7) << 4;
+    scalar_t value;
+    std::memcpy(&value, reinterpret_cast<const void*>(address), sizeof(value));
+    return value;
+  }
+
   struct Copy {
     void* to;
     size_t bytes;
@@ -122,6 +175,7 @@ class Block {
 
   std::vector<Copy> open_;
   std::vector<std::vector<Copy>> batches_;
+  std::vector<std::function<void()>> products_;
   uint32_t random_ = 1;
 };
 
@@ -130,9 +184,12 @@ void for_each_tile(const Tiles& tiles) {
   static_assert(Tiles::kThreads == Block::kThreads);
   for (int64_t tile = 0; tile < tiles.count(); ++tile) {
     // All ones: not a number, wherever memory is read that nobody wrote.
-    std::vector<unsigned char> shared(Tiles::kSharedBytes, 0xff);
+    std::vector<unsigned char> memory(Tiles::kSharedBytes + 1024, 0xff);
+    void* shared = memory.data();
+    size_t space = memory.size();
+    std::align(1024, Tiles::kSharedBytes, shared, space);
     Block block;
-    tiles(block, shared.data(), tile);
+    tiles(block, static_cast<unsigned char*>(shared), tile);
   }
 }
 

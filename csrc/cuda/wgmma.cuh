@@ -1,0 +1,99 @@
+// Hopper's products of four warps at once (wgmma), whose factors come straight from shared memory.
+// For sm_90a alone: elsewhere they trap, and nothing calls them.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cuda_utils.cuh"
+
+namespace dlops::cuda {
+
+// Where a factor lies in shared memory, as the instruction wants to know it: in rows of 128 bytes
+// whose chunks of 16 are permuted by their address (the swizzle of 128 bytes), eight rows after
+// eight; `leading` bytes after one another come the blocks of 64 elements of a factor that is
+// transposed.
+__device__ __forceinline__ uint64_t shared_matrix(const void* start, int leading) {
+  const auto address = static_cast<uint64_t>(__cvta_generic_to_shared(start));
+  constexpr uint64_t kEightRows = 1024, kSwizzle128 = uint64_t(1) << 62;
+  return (address & 0x3ffff) >> 4 | static_cast<uint64_t>(leading) >> 4 << 16 |
+         kEightRows >> 4 << 32 | kSwizzle128;
+}
+
+#define DLOPS_FLOATS_8(f, i)                                                                  \
+  "+f"(f[i]), "+f"(f[i + 1]), "+f"(f[i + 2]), "+f"(f[i + 3]), "+f"(f[i + 4]), "+f"(f[i + 5]), \
+      "+f"(f[i + 6]), "+f"(f[i + 7])
+#define DLOPS_FLOATS_32(f, i)                                                \
+  DLOPS_FLOATS_8(f, i), DLOPS_FLOATS_8(f, i + 8), DLOPS_FLOATS_8(f, i + 16), \
+      DLOPS_FLOATS_8(f, i + 24)
+
+#define DLOPS_WGMMA_64(type)                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                         \
+               " "                                                                                 \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
+               "%32, %33, 1, 1, 1, %34, %34;"                                                      \
+               : DLOPS_FLOATS_32(sums, 0)                                                          \
+               : "l"(a), "l"(b), "n"(int(transposed)))
+
+#define DLOPS_WGMMA_128(type)                                                                      \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                        \
+               " "                                                                                 \
+               "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
+               "%64, %65, 1, 1, 1, %66, %66;"                                                      \
+               : DLOPS_FLOATS_32(sums, 0), DLOPS_FLOATS_32(sums, 32)                               \
+               : "l"(a), "l"(b), "n"(int(transposed)))
+
+// sums (64 x columns) += a (64 x 16) x b (16 x columns), started. `transposed`: a row of either
+// factor's memory runs over its 64 or `columns`, not over the 16 that are added up. Lane l of warp
+// w holds, in fours, columns 2 (l % 4) and the next of every eight, of rows 16 w + l / 4 and that
+// + 8.
+template <class scalar_t, int columns, bool transposed>
+__device__ __forceinline__ void start_wgmma(float* sums, uint64_t a, uint64_t b) {
+  static_assert(columns == 64 || columns == 128);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    if constexpr (columns == 64) DLOPS_WGMMA_64("bf16");
+    if constexpr (columns == 128) DLOPS_WGMMA_128("bf16");
+  } else {
+    static_assert(std::is_same_v<scalar_t, c10::Half>);
+    if constexpr (columns == 64) DLOPS_WGMMA_64("f16");
+    if constexpr (columns == 128) DLOPS_WGMMA_128("f16");
+  }
+#else
+  __trap();
+#endif
+}
+
+#undef DLOPS_WGMMA_128
+#undef DLOPS_WGMMA_64
+#undef DLOPS_FLOATS_32
+#undef DLOPS_FLOATS_8
+
+// Between what wrote the sums, and products that add to them.
+__device__ __forceinline__ void open_wgmma() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+// Ends a batch of products, and waits for all that were started.
+__device__ __forceinline__ void close_wgmma() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_wgmma() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#endif
+}
+// Shows what the thread wrote to shared memory to the products that read it there.
+__device__ __forceinline__ void publish_for_wgmma() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+}  // namespace dlops::cuda
