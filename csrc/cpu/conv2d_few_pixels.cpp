@@ -26,6 +26,42 @@ bool pays(int64_t P, int64_t K, int64_t outputs, at::ScalarType dtype) {
          outputs >= 64 && outputs * K >= 256 * P;
 }
 
+// The columns of all pixels of a group, K ordered as in the images' memory: a P x K matrix or,
+// `transposed`, K x P. `ld` is the distance between rows.
+template <class scalar_t, bool last, bool transposed>
+at::Tensor columns_of(const Conv2dGeometry& g, int64_t group, const scalar_t* input, int64_t ld,
+                      const at::TensorOptions& options) {
+  // im2col makes rows of pixels (channels_last) or of the kernel's cells, for some pixels or
+  // channels at a time, which are turned round where the others are wanted.
+  constexpr int64_t kSome = 8;
+  constexpr bool turned = last == transposed;
+  const int64_t P = g.N * g.output_pixels(), K = g.column_rows();
+  const int64_t c0 = group * g.channels_per_group(), c1 = c0 + g.channels_per_group();
+  const int64_t count = last ? P : c1 - c0, each = last ? 1 : g.R * g.S, row = last ? K : P;
+  at::Tensor columns = at::empty({(transposed ? K : P) * ld + kPadding}, options);
+  scalar_t* const to = columns.mutable_data_ptr<scalar_t>();
+  at::parallel_for(
+      0, ceil_div(count, kSome), grain(kSome * each * row), [&](int64_t begin, int64_t end) {
+        Scratch scratch(Scratch::size<scalar_t>(turned ? kSome * each * row : 0));
+        scalar_t* const space = scratch.take<scalar_t>(turned ? kSome * each * row : 0);
+        for (int64_t first = begin * kSome; first < std::min(count, end * kSome); first += kSome) {
+          const int64_t some = std::min(kSome, count - first);
+          scalar_t* const rows = turned ? space : to + first * each * ld;
+          const int64_t rows_ld = turned ? row : ld;
+          if constexpr (last) {
+            const ColumnBlock block{c0, c1, first, first + some};
+            DLOPS_SIMD(fill_columns_last, scalar_t, scalar_t)(g, block, input, rows, rows_ld);
+          } else {
+            const ColumnBlock block{c0 + first, c0 + first + some, 0, P};
+            DLOPS_SIMD(fill_columns, scalar_t, scalar_t)(g, block, input, rows, rows_ld);
+          }
+          if constexpr (turned) DLOPS_SIMD(transpose, scalar_t, scalar_t)
+          (rows, row, some * each, row, to + first * each, ld);
+        }
+      });
+  return columns;
+}
+
 // ------------------------------------------------------------------------------------ forward
 
 // The products have the weight, where it is, as the left matrix, and for each tap the pixels that
@@ -33,138 +69,83 @@ bool pays(int64_t P, int64_t K, int64_t outputs, at::ScalarType dtype) {
 template <class scalar_t>
 class FewPixels {
  public:
-  FewPixels(const Correlation& k, const ImageView<scalar_t>& input, const at::Tensor& weight,
-            const scalar_t* bias, scalar_t* output)
-      : k_(k), input_(input), bias_(bias), output_(output) {
-    const int64_t C = weight.size(1), cells = weight.size(2) * weight.size(3);
-    last_ = !weight.is_contiguous();
-    weight_ = weight.const_data_ptr<scalar_t>();
-    cell_ = last_ ? C : 1;
-    strides_ = {
-        .lda = C * cells, .ldb = ceil_div(pixels(), kLanes) * kLanes, .step = last_ ? 1 : cells};
-  }
+  FewPixels(const Conv2dGeometry& g, const at::Tensor& weight, const scalar_t* bias, bool last,
+            scalar_t* output)
+      : g_(g),
+        weight_(weight.const_data_ptr<scalar_t>()),
+        bias_(bias),
+        output_(output),
+        last_(last),
+        last_weight_(!weight.is_contiguous()),
+        ld_(ceil_div(pixels(), kLanes) * kLanes) {}
 
-  void run(const at::TensorOptions& options) {
-    const std::vector<Tap> taps = taps_in_order();
-    const int64_t rows = static_cast<int64_t>(taps.size()) * k_.in_channels, ld = strides_.ldb;
-    const at::Tensor columns = at::empty({rows * ld + kPadding}, options);
-    scalar_t* data = columns.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, grain(ld), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        fill_row(taps[static_cast<size_t>(i / k_.in_channels)], i % k_.in_channels, data + i * ld);
-    });
-    const int64_t blocks = ceil_div(k_.out_channels, block());
-    at::parallel_for(0, blocks, grain(block() * ld * rows), [&](int64_t begin, int64_t end) {
-      Scratch scratch(Scratch::size<scalar_t>(block() * ld));
-      scalar_t* sums = scratch.take<scalar_t>(block() * ld);
-      for (int64_t i = begin; i < end; ++i) compute(taps, i * block(), data, sums);
+  void run(const scalar_t* input, const at::TensorOptions& options) {
+    const at::Tensor columns = last_
+                                   ? columns_of<scalar_t, true, true>(g_, 0, input, ld_, options)
+                                   : columns_of<scalar_t, false, true>(g_, 0, input, ld_, options);
+    const scalar_t* const data = columns.const_data_ptr<scalar_t>();
+    const std::vector<int64_t> cells = cells_in_order();
+    const int64_t blocks = ceil_div(g_.O, block()), work = block() * ld_ * g_.column_rows();
+    at::parallel_for(0, blocks, grain(work), [&](int64_t begin, int64_t end) {
+      Scratch scratch(Scratch::size<scalar_t>(block() * ld_));
+      scalar_t* sums = scratch.take<scalar_t>(block() * ld_);
+      for (int64_t i = begin; i < end; ++i) compute(cells, i * block(), data, sums);
     });
   }
 
  private:
   static constexpr int64_t kLanes = 16;
-  struct Tap {
-    int64_t row, col, cell;
-  };
 
-  const Phase& phase() const { return k_.phases[0]; }
-  int64_t pixels() const { return k_.images * k_.H_out * k_.W_out; }
+  int64_t pixels() const { return g_.N * g_.output_pixels(); }
   // Outputs at a time. The cells of a contiguous weight share cache lines: those of so few outputs
   // stay in a second-level cache from one cell to the next.
-  int64_t block() const { return last_ ? 64 : 24; }
+  int64_t block() const { return last_weight_ ? 64 : 24; }
 
-  // In the order in which strips add them.
-  std::vector<Tap> taps_in_order() const {
-    const TapAxis &rows = phase().rows, &cols = phase().cols;
-    std::vector<Tap> result;
+  // The kernel's cells that meet the images, in the order in which strips add them.
+  std::vector<int64_t> cells_in_order() const {
+    const Correlation k = forward_correlation(g_, /*copied=*/false);
+    const TapAxis &rows = k.phases[0].rows, &cols = k.phases[0].cols;
+    std::vector<int64_t> result;
     for (const Interval& run : adjacent_taps(cols, /*joined=*/true))
       for (int64_t i = 0; i < rows.taps(); ++i)
         for (int64_t j = run.begin; j < run.end; ++j)
-          result.push_back({i, j, rows.cell(i) * k_.kernel_cols + cols.cell(j)});
+          result.push_back(rows.cell(i) * g_.S + cols.cell(j));
     return result;
   }
 
-  // What the pixels meet at a tap in one channel.
-  void fill_row(const Tap& tap, int64_t channel, scalar_t* to) const {
-    const TapAxis &rows = phase().rows, &cols = phase().cols;
-    const Interval y = rows.inside(tap.row), x = cols.inside(tap.col);
-    std::fill_n(to, strides_.ldb, scalar_t(0));
-    for (int64_t n = 0; n < k_.images; ++n, to += k_.H_out * k_.W_out) {
-      for (int64_t row = y.begin; row < y.end; ++row) {
-        const scalar_t* from = input_.at(n, channel, row * rows.step + rows.offset(tap.row), 0);
-        for (int64_t col = x.begin; col < x.end; ++col)
-          to[row * k_.W_out + col] =
-              from[(col * cols.step + cols.offset(tap.col)) * input_.pixel()];
-      }
-    }
-  }
-
-  void compute(const std::vector<Tap>& taps, int64_t first, const scalar_t* columns,
+  void compute(const std::vector<int64_t>& cells, int64_t first, const scalar_t* columns,
                scalar_t* sums) const {
-    const int64_t count = std::min(block(), k_.out_channels - first), ld = strides_.ldb;
+    const int64_t count = std::min(block(), g_.O - first), all = g_.R * g_.S;
     for (int64_t i = 0; i < count; ++i)
-      std::fill_n(sums + i * ld, ld, bias_ == nullptr ? scalar_t(0) : bias_[first + i]);
+      std::fill_n(sums + i * ld_, ld_, bias_ == nullptr ? scalar_t(0) : bias_[first + i]);
     std::vector<Factors<scalar_t>> factors;
-    for (const Tap& tap : taps) {
-      factors.push_back({weight_ + first * strides_.lda + tap.cell * cell_, columns});
-      columns += k_.in_channels * ld;
-    }
-    matmul_of_factors(count, pixels(), k_.in_channels, factors.data(),
-                      static_cast<int64_t>(factors.size()), strides_, sums, ld,
-                      Addend<scalar_t>{sums, ld});
-    for (int64_t i = 0; i < count; ++i) store(first + i, sums + i * ld);
+    for (const int64_t cell : cells)
+      factors.push_back({weight_ + first * all * g_.C + cell * (last_weight_ ? g_.C : 1),
+                         columns + cell * (last_ ? g_.C : 1) * ld_});
+    const FactorStrides strides{
+        .lda = all * g_.C, .ldb = last_ ? ld_ : all * ld_, .step = last_weight_ ? 1 : all};
+    matmul_of_factors(count, pixels(), g_.C, factors.data(), static_cast<int64_t>(factors.size()),
+                      strides, sums, ld_, Addend<scalar_t>{sums, ld_});
+    for (int64_t i = 0; i < count; ++i) store(first + i, sums + i * ld_);
   }
 
   void store(int64_t channel, const scalar_t* from) const {
-    const int64_t plane = k_.H_out * k_.W_out, step = input_.last ? k_.out_channels : 1;
-    scalar_t* to = output_ + channel * (input_.last ? 1 : plane);
-    for (int64_t n = 0; n < k_.images; ++n, to += k_.out_channels * plane)
+    const int64_t plane = g_.output_pixels(), step = last_ ? g_.O : 1;
+    scalar_t* to = output_ + channel * (last_ ? 1 : plane);
+    for (int64_t n = 0; n < g_.N; ++n, to += g_.O * plane)
       for (int64_t i = 0; i < plane; ++i) to[i * step] = *from++;
   }
 
-  const Correlation& k_;
-  const ImageView<scalar_t> input_;
+  const Conv2dGeometry& g_;
   const scalar_t *weight_, *bias_;
   scalar_t* output_;
-  bool last_;
-  int64_t cell_;  // from one of the kernel's cells to the next
-  FactorStrides strides_;
+  bool last_, last_weight_;
+  int64_t ld_;
 };
 
 // ---------------------------------------------------------------------- gradient of the weight
 
 constexpr int64_t kOutputs = 64;  // of a task
-
-// The columns of all pixels as a P x K matrix, K ordered as in the weight's memory.
-template <class scalar_t, bool last>
-at::Tensor columns_of(const Conv2dGeometry& g, int64_t group, const scalar_t* input,
-                      const at::TensorOptions& options) {
-  const int64_t P = g.N * g.output_pixels(), K = g.column_rows(), cells = g.R * g.S;
-  const int64_t c0 = group * g.channels_per_group();
-  at::Tensor columns = at::empty({P, K}, options);
-  scalar_t* to = columns.mutable_data_ptr<scalar_t>();
-  if constexpr (last) {
-    at::parallel_for(0, P, grain(K), [&](int64_t begin, int64_t end) {
-      const ColumnBlock block{c0, c0 + g.channels_per_group(), begin, end};
-      DLOPS_SIMD(fill_columns_last, scalar_t, scalar_t)(g, block, input, to + begin * K, K);
-    });
-  } else {
-    constexpr int64_t kChannels = 8;
-    const int64_t blocks = ceil_div(g.channels_per_group(), kChannels);
-    at::parallel_for(0, blocks, grain(kChannels * cells * P), [&](int64_t begin, int64_t end) {
-      Scratch scratch(Scratch::size<scalar_t>(kChannels * cells * P));
-      scalar_t* rows = scratch.take<scalar_t>(kChannels * cells * P);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * kChannels;
-        const int64_t count = std::min(kChannels, g.channels_per_group() - first);
-        const ColumnBlock block{c0 + first, c0 + first + count, 0, P};
-        DLOPS_SIMD(fill_columns, scalar_t, scalar_t)(g, block, input, rows, P);
-        DLOPS_SIMD(transpose, scalar_t, scalar_t)(rows, P, count * cells, P, to + first * cells, K);
-      }
-    });
-  }
-  return columns;
-}
 
 template <class scalar_t, bool last>
 void multiply(const Conv2dGeometry& g, const scalar_t* grad_output, const at::Tensor& input,
@@ -173,8 +154,8 @@ void multiply(const Conv2dGeometry& g, const scalar_t* grad_output, const at::Te
   const int64_t P = g.N * g.output_pixels(), K = g.column_rows(), Og = g.outputs_per_group();
   const int64_t blocks = ceil_div(Og, kOutputs);
   for (int64_t group = 0; group < g.groups; ++group) {
-    const at::Tensor columns =
-        columns_of<scalar_t, last>(g, group, input.const_data_ptr<scalar_t>(), input.options());
+    const at::Tensor columns = columns_of<scalar_t, last, false>(
+        g, group, input.const_data_ptr<scalar_t>(), K, input.options());
     const scalar_t* b = columns.const_data_ptr<scalar_t>();
     at::parallel_for(0, blocks, grain(kOutputs * P * K), [&](int64_t begin, int64_t end) {
       Scratch scratch(Scratch::size<scalar_t>(Og * P));
@@ -204,12 +185,10 @@ bool few_pixels_forward(const Conv2dGeometry& g, const at::Tensor& input, const 
   if (!weight.is_contiguous() && !weight.is_contiguous(at::MemoryFormat::ChannelsLast))
     return false;
   return AT_DISPATCH_FLOATING_TYPES(input.scalar_type(), "conv2d", [&] {
-    const Correlation k = forward_correlation(g, /*copied=*/false);
-    const ImageView<scalar_t> images{input.const_data_ptr<scalar_t>(), g.C, g.H, g.W,
-                                     format == at::MemoryFormat::ChannelsLast};
     const scalar_t* bias_data = bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr;
     scalar_t* to = output.mutable_data_ptr<scalar_t>();
-    FewPixels<scalar_t>(k, images, weight, bias_data, to).run(input.options());
+    FewPixels<scalar_t>(g, weight, bias_data, format == at::MemoryFormat::ChannelsLast, to)
+        .run(input.const_data_ptr<scalar_t>(), input.options());
     return DLOPS_SIMD(all_finite, scalar_t)(to, output.numel());
   });
 }
