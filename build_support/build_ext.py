@@ -88,6 +88,18 @@ def extra_flags() -> list[str]:
     return shlex.split(os.environ.get("DLOPS_CXX_FLAGS", ""))
 
 
+def capabilities() -> dict[int, Capability]:
+    """What the vector kernels are compiled for, by level: DLOPS_CPU_CAPABILITY alone, or all."""
+    every = dict(enumerate(CAPABILITIES))
+    wish = os.environ.get("DLOPS_CPU_CAPABILITY", "")
+    if not wish:
+        return every
+    names = [capability.name for capability in CAPABILITIES]
+    if wish not in names:
+        fail(f"DLOPS_CPU_CAPABILITY={wish!r} is not understood. Fix: {', '.join(names)} or unset.")
+    return {level: capability for level, capability in every.items() if capability.name == wish}
+
+
 def warnings_are_errors() -> bool:
     """Off for users: a newer compiler's new warning must not stop an installation."""
     return os.environ.get("DLOPS_WERROR") == "1"
@@ -183,7 +195,7 @@ class BuildExt(cpp_extension.BuildExtension):
         texts = {
             "VERSION": self.distribution.get_version(),
             "TORCH_VERSION": torch.__version__,
-            "CPU_CAPABILITIES": " ".join(capability.name for capability in CAPABILITIES),
+            "CPU_CAPABILITIES": " ".join(capability.name for capability in capabilities().values()),
             "CUDA_REASON": self.cuda_reason,
             "CUDA_VERSION": toolkit.version if toolkit else "",
             "CUDA_ARCH_LIST": arch_list() if toolkit else "",
@@ -194,6 +206,8 @@ class BuildExt(cpp_extension.BuildExtension):
         ext.define_macros += [(f"DLOPS_{name}", f'"{text}"') for name, text in quoted.items()]
         if toolkit:
             ext.define_macros.append(("DLOPS_WITH_CUDA", "1"))
+        if len(capabilities()) < len(CAPABILITIES):
+            ext.define_macros.append(("DLOPS_ONLY_CAPABILITY", str(*capabilities())))
 
     def build_simd_objects(self, ext) -> list[str]:
         """csrc/cpu/simd/*.cpp, once per capability.
@@ -204,7 +218,7 @@ class BuildExt(cpp_extension.BuildExtension):
         folder = Path(self.build_temp).absolute() / "simd"
         common = [*cxx(), "-fPIC", "-DNDEBUG", f"-I{ROOT / 'csrc'}", *ext.extra_compile_args["cxx"]]
         jobs = []
-        for level, (name, vec, flags) in enumerate(CAPABILITIES):
+        for level, (name, vec, flags) in capabilities().items():
             defines = [
                 f"CPU_CAPABILITY={vec}",
                 f"CPU_CAPABILITY_{vec}",

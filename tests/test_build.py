@@ -179,6 +179,22 @@ def test_missing_cuda_stops_a_build_that_asks_for_it(toolkits, tmp_path):
 # ---- the sdist
 
 
+def test_vector_kernels_for_one_capability(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    from build_support import build_ext
+
+    every = [capability.name for capability in build_ext.CAPABILITIES]
+    monkeypatch.delenv("DLOPS_CPU_CAPABILITY", raising=False)
+    assert [capability.name for capability in build_ext.capabilities().values()] == every
+    monkeypatch.setenv("DLOPS_CPU_CAPABILITY", every[-1])
+    assert list(build_ext.capabilities()) == [len(every) - 1]
+    monkeypatch.setenv("DLOPS_CPU_CAPABILITY", "sse2")
+    with pytest.raises(
+        SystemExit, match=r"DLOPS_CPU_CAPABILITY='sse2' is not understood.*baseline"
+    ):
+        build_ext.capabilities()
+
+
 def test_sdist_has_every_source_and_nothing_built(tmp_path):
     commands = ["-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
     result = run("setup.py", *commands, cwd=ROOT)

@@ -13,8 +13,12 @@ const char* capability_name(Capability capability);
 }  // namespace dlops::cpu
 
 // The function pointer DLOPS_SIMD(fill_columns, float, float) is fill_columns<capability, float,
-// float> for the machine's capability.
-#if defined(__x86_64__)
+// float> for the machine's capability, or for the only one of this build.
+#if defined(DLOPS_ONLY_CAPABILITY)
+#define DLOPS_SIMD(function, ...)                                                        \
+  (&function<static_cast<::dlops::cpu::Capability>(DLOPS_ONLY_CAPABILITY) __VA_OPT__(, ) \
+                 __VA_ARGS__>)
+#elif defined(__x86_64__)
 #define DLOPS_SIMD(function, ...)                                    \
   (::dlops::cpu::capability() == ::dlops::cpu::kAvx512               \
        ? &function<::dlops::cpu::kAvx512 __VA_OPT__(, ) __VA_ARGS__> \

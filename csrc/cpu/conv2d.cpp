@@ -434,6 +434,10 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   }
   if (computed == format && few_pixels_grad_weight(g, dense_grad, dense_input, result, format))
     return result;
+  if (computed == at::MemoryFormat::Contiguous && takes_rows_grad_weight(g, input.scalar_type())) {
+    rows_grad_weight(g, dense_grad, dense_input, result);
+    return result;
+  }
   // Rows of columns are copied faster than columns one after another.
   const bool by_rows = has_few_channels(g) && computed == at::MemoryFormat::Contiguous &&
                        (g.column_rows() > 32 || g.outputs_per_group() < 64);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "cpu/conv2d_row_strips.h"
 #include "cpu/conv2d_taps.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
@@ -20,46 +21,10 @@ constexpr int64_t kStrip = 4 * 1024;
 // Lanes of a vector at most; of those that a row of outputs takes, so many of 16 must be filled.
 constexpr int64_t kLanes = 16, kFilled = 12;
 
-// A strip of padded rows: [channel][row][column].
-struct StripLayout {
-  int64_t rows, row;
-  StripLayout(const Conv2dGeometry& g, int64_t outputs)
-      : rows((outputs - 1) * g.stride_h + (g.R - 1) * g.dilation_h + 1),
-        row(g.OW + (g.S - 1) * g.dilation_w) {}
-  int64_t size(const Conv2dGeometry& g) const {
-    return g.channels_per_group() * rows * row + kPadding;
-  }
-};
-
-// As many output rows as fit a strip, and strips of about the same size.
-int64_t strip_rows(const Conv2dGeometry& g) {
-  const StripLayout one(g, 1);
-  const int64_t fitting = kStrip / (g.channels_per_group() * one.row) - one.rows;
-  const int64_t most = std::max<int64_t>(4, fitting / g.stride_h + 1);
-  return ceil_div(g.OH, ceil_div(g.OH, most));
-}
-
-// The padded rows of a plane from `first` on.
-template <class T>
-void fill_plane(const Conv2dGeometry& g, const StripLayout& strip, const T* plane, int64_t first,
-                T* to) {
-  const int64_t left = std::min(g.pad_left, strip.row);
-  const int64_t inside = std::min(g.W, strip.row - left), right = strip.row - left - inside;
-  for (int64_t h = first; h < first + strip.rows; ++h, to += strip.row) {
-    if (!g.row_inside(h)) {
-      std::fill_n(to, strip.row, T(0));
-      continue;
-    }
-    std::fill_n(to, left, T(0));
-    std::copy_n(plane + h * g.W, inside, to + left);
-    std::fill_n(to + left + inside, right, T(0));
-  }
-}
-
 // The products of the first row of outputs, one for each kernel row of each channel.
 template <class T>
-std::vector<Factors<T>> factors_of(const Conv2dGeometry& g, const StripLayout& strip,
-                                   const T* weight, const T* rows) {
+std::vector<Factors<T>> factors_of(const Conv2dGeometry& g, const RowStrip& strip, const T* weight,
+                                   const T* rows) {
   std::vector<Factors<T>> result;
   for (int64_t c = 0; c < g.channels_per_group(); ++c)
     for (int64_t r = 0; r < g.R; ++r)
@@ -71,20 +36,20 @@ std::vector<Factors<T>> factors_of(const Conv2dGeometry& g, const StripLayout& s
 template <class T>
 void forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* bias, T* output) {
   const int64_t Cg = g.channels_per_group(), Og = g.outputs_per_group(), K = g.column_rows();
-  const int64_t rows = strip_rows(g), strips = ceil_div(g.OH, rows);
-  const StripLayout layout(g, rows);
+  const int64_t rows = strip_rows(g, kStrip), strips = ceil_div(g.OH, rows);
+  const RowStrip layout(g, rows);
   const FactorStrides strides{.lda = K, .ldb = g.dilation_w};
   const auto product = DLOPS_SIMD(matmul_in_order, T);
   at::parallel_for(
       0, g.N * g.groups * strips, grain(rows * g.OW * Og * K), [&](int64_t begin, int64_t end) {
-        Scratch scratch(Scratch::size<T>(layout.size(g)));
-        T* space = scratch.take<T>(layout.size(g));
+        Scratch scratch(Scratch::size<T>(Cg * layout.plane() + kPadding));
+        T* space = scratch.take<T>(Cg * layout.plane() + kPadding);
         for (int64_t task = begin; task < end; ++task) {
           const int64_t y0 = task % strips * rows, part = task / strips;  // of an image
           const int64_t group = part % g.groups;
           for (int64_t c = 0; c < Cg; ++c)
-            fill_plane(g, layout, input + (part * Cg + c) * g.H * g.W, y0 * g.stride_h - g.pad_top,
-                       space + c * layout.rows * layout.row);
+            fill_plane(g, layout, input + (part * Cg + c) * g.H * g.W, y0,
+                       space + c * layout.plane());
           std::vector<Factors<T>> factors =
               factors_of(g, layout, weight + group * Og * K, static_cast<const T*>(space));
           for (int64_t y = y0; y < std::min(g.OH, y0 + rows); ++y) {
@@ -105,7 +70,7 @@ bool takes_rows(const Conv2dGeometry& g, at::ScalarType dtype) {
   if (g.stride_w != 1 || g.stride_h > kStride) return false;
   if ((dtype != at::kFloat && dtype != at::kDouble) || !has_few_channels(g)) return false;
   if (g.OW * kLanes < ceil_div(g.OW, kLanes) * kLanes * kFilled) return false;
-  const StripLayout one(g, 1);
+  const RowStrip one(g, 1);
   return one.rows <= kLongest && one.row <= kLongest &&
          g.channels_per_group() * one.rows * one.row <= kLongest;
 }

@@ -1,13 +1,12 @@
-// The forward pass from contiguous images of few channels, such as a network's first layer, without
-// im2col: the pixels that a kernel cell meets along a row of outputs are a row of the image,
-// shifted.
+// Contiguous images of few channels, such as a network's first layer's, without im2col: the pixels
+// that a kernel cell meets along a row of outputs are a row of the image, shifted.
 //
 //   output[o, y, (0 .. OW-1)] = sum over c, r and s of weight[o, c, r, s] * row[c, y + r][s + (0 ..
 //   OW-1)]
 //
 // is a matrix product for each row of outputs, whose right matrix is rows of the image that
-// overlap. Images are copied with their padding, a strip of rows at a time; with a stride, each row
-// in as many parts as the stride has phases.
+// overlap. Images are copied with their padding, a strip of rows at a time. The gradient of the
+// weight has an order of its own: conv2d_rows_weight.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,11 +15,16 @@
 
 namespace dlops::cpu {
 
-// Whether this serves images of this type, and rows of outputs fill vectors.
+// Whether the forward pass serves images of this type, and rows of outputs fill vectors.
 bool takes_rows(const Conv2dGeometry& g, at::ScalarType dtype);
 
 // All tensors are contiguous.
 void rows_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                   const at::Tensor& bias, const at::Tensor& output);
+
+// Whether the gradient of the weight serves images of this type. Its result may have any strides.
+bool takes_rows_grad_weight(const Conv2dGeometry& g, at::ScalarType dtype);
+void rows_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                      const at::Tensor& input, const at::Tensor& grad_weight);
 
 }  // namespace dlops::cpu

@@ -61,7 +61,7 @@ void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factor
     DLOPS_SIMD(matmul_in_order, T)
     (m, n, k, factors, count, strides, c, ldc, before, nullptr);
   } else {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && (!defined(DLOPS_ONLY_CAPABILITY) || DLOPS_ONLY_CAPABILITY == 2)
     matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before);
 #else
     TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine");
