@@ -72,15 +72,17 @@ address() {
     "-fsanitize=address,undefined -fno-sanitize=vptr,null,object-size -fno-sanitize-recover=all"
   must_be_found address heap-buffer-overflow "$python" tests/sanitize/faults.py overflow
   must_be_found address "runtime error" "$python" tests/sanitize/faults.py misaligned
-  local capability
+  local capability runs=()
   for capability in default avx2 avx512; do
     grep -qw "${capability/avx512/avx512vl}" /proc/cpuinfo || [ "$capability" = default ] || continue
-    echo "==== address: tests, $capability"
-    ATEN_CPU_CAPABILITY=$capability pytest address "${ops[@]}"
+    runs+=("address_$capability")
   done
-  echo "==== address: bad input and generated calls"
-  pytest address tests/test_invalid.py tests/fuzz
+  side_by_side address_others "${runs[@]}"
 }
+address_default() { ATEN_CPU_CAPABILITY=default pytest address "${ops[@]}"; }
+address_avx2() { ATEN_CPU_CAPABILITY=avx2 pytest address "${ops[@]}"; }
+address_avx512() { ATEN_CPU_CAPABILITY=avx512 pytest address "${ops[@]}"; }
+address_others() { pytest address tests/test_invalid.py tests/fuzz; }
 
 thread() {
   local widest
@@ -95,17 +97,23 @@ thread() {
   pytest thread "${ops[@]}"
 }
 
-# Side by side: a sanitized program runs on one core, but for the few tests of several threads.
+# Calls each of these functions, and shows what each printed once it is done. A sanitized program runs
+# on one core, but for the few tests of several threads.
+side_by_side() {
+  local part failed=()
+  local -A running
+  for part in "$@"; do
+    "$part" > "build/sanitize/$part.txt" 2>&1 &
+    running[$part]=$!
+  done
+  for part in "$@"; do
+    wait "${running[$part]}" || failed+=("$part")
+    printf '==== %s\n' "$part"
+    cat "build/sanitize/$part.txt"
+  done
+  ((${#failed[@]} == 0)) || { echo "sanitize: failed: ${failed[*]}"; return 1; }
+}
+
 mkdir -p build/sanitize
-declare -A running
-for part in "${parts[@]}"; do
-  "$part" > "build/sanitize/$part.txt" 2>&1 &
-  running[$part]=$!
-done
-failed=()
-for part in "${parts[@]}"; do
-  wait "${running[$part]}" || failed+=("$part")
-  cat "build/sanitize/$part.txt"
-done
-((${#failed[@]} == 0)) || { echo "sanitize: failed: ${failed[*]}"; exit 1; }
+side_by_side "${parts[@]}"
 echo "sanitize: nothing found"
