@@ -158,6 +158,8 @@ LARGE_CONV2D = [
         padding=(0, 5),
         dilation=(2, 3),
     ),
+    Conv2dCase("few_channels_strips", (1, 3, 70, 219), (70, 3, 7, 7), stride=2, padding=3),
+    Conv2dCase("few_channels_dilated", (2, 6, 17, 12), (20, 3, 3, 2), (4, 3), 2, (3, 1), groups=2),
     Conv2dCase("few_channels_grouped", (2, 16, 9, 14), (18, 8, 1, 3), padding=(2, 1), groups=2),
     Conv2dCase("7x7_stride", (1, 3, 40, 43), (40, 3, 7, 7), stride=2, padding=3),
     Conv2dCase("grouped_deep", (3, 64, 7, 7), (96, 16, 3, 3), padding=1, groups=4),
