@@ -7,7 +7,7 @@
 
 namespace dlops::cpu {
 
-// A strip as [channel][row][column].
+// A strip as [channel][row][column] or [row][channel][column].
 struct RowStrip {
   int64_t rows, row;
   // Of what `outputs` rows of outputs meet.
@@ -26,13 +26,14 @@ inline int64_t strip_rows(const Conv2dGeometry& g, int64_t elements) {
   return ceil_div(g.OH, ceil_div(g.OH, most));
 }
 
-// The padded rows of a plane, which output row y is the first to meet.
+// The padded rows of a plane, which output row y is the first to meet, `ld` apart.
 template <class T>
-void fill_plane(const Conv2dGeometry& g, const RowStrip& strip, const T* plane, int64_t y, T* to) {
+void fill_plane(const Conv2dGeometry& g, const RowStrip& strip, const T* plane, int64_t y, T* to,
+                int64_t ld) {
   const int64_t left = std::min(g.pad_left, strip.row);
   const int64_t inside = std::min(g.W, strip.row - left), right = strip.row - left - inside;
   const int64_t first = y * g.stride_h - g.pad_top;
-  for (int64_t h = first; h < first + strip.rows; ++h, to += strip.row) {
+  for (int64_t h = first; h < first + strip.rows; ++h, to += ld) {
     if (!g.row_inside(h)) {
       std::fill_n(to, strip.row, T(0));
       continue;

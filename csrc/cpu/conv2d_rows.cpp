@@ -49,7 +49,7 @@ void forward(const Conv2dGeometry& g, const T* input, const T* weight, const T* 
           const int64_t group = part % g.groups;
           for (int64_t c = 0; c < Cg; ++c)
             fill_plane(g, layout, input + (part * Cg + c) * g.H * g.W, y0,
-                       space + c * layout.plane());
+                       space + c * layout.plane(), layout.row);
           std::vector<Factors<T>> factors =
               factors_of(g, layout, weight + group * Og * K, static_cast<const T*>(space));
           for (int64_t y = y0; y < std::min(g.OH, y0 + rows); ++y) {

@@ -1,8 +1,8 @@
 // The gradient of the weight from contiguous images of few channels, without im2col:
 //
-//   grad_weight[o, (s, c, r)] += sum over x of grad_output[o, y, x] * cells[y][x + s, (c, r)]
+//   grad_weight[o, (s, r, c)] += sum over x of grad_output[o, y, x] * cells[y][x + s, (r, c)]
 //
-// where cells[y] has, for each column, the pixels of all channels and kernel rows that output row y
+// where cells[y] has, for each column, the pixels of all kernel rows and channels that output row y
 // meets there. What lies under a window is then a row of the right matrix, and these rows overlap;
 // the left matrix is grad_output itself.
 #include <ATen/Dispatch.h>
@@ -46,35 +46,42 @@ class RowsGradWeight {
     const at::Tensor sums = at::empty({tasks_.chunks(), size}, grad_weight.options());
     T* const data = sums.mutable_data_ptr<T>();
     tasks_.fill([&](const auto& each) {
-      const int64_t planes = Cg * strip_.plane(), cells = rows_ * cells_of_row(g_) + kPadding;
-      Scratch scratch(Scratch::size<T>(planes) + Scratch::size<T>(cells));
-      T* const plane_space = scratch.take<T>(planes);
+      const int64_t strip = Cg * strip_.plane() + kRunSlack;
+      const int64_t cells = rows_ * cells_of_row(g_) + std::max(kRunSlack, kPadding);
+      Scratch scratch(2 * Scratch::size<T>(strip) + Scratch::size<T>(cells));
+      T* const strip_space = scratch.take<T>(strip);
+      T* const turned_space = scratch.take<T>(strip);
       T* const cell_space = scratch.take<T>(cells);
       each([&](int64_t chunk, int64_t group, int64_t unit, Interval blocks, bool first) {
         const int64_t n = unit / strips(), y = unit % strips() * rows_;
-        fill(n, group, y, plane_space, cell_space);
+        fill(n, group, y, strip_space, turned_space, cell_space);
         multiply(n, group, {y, std::min(g_.OH, y + rows_)}, blocks, cell_space,
                  data + chunk * size + group * g_.outputs_per_group() * g_.column_rows(), first);
       });
     });
     for (int64_t chunk = 1; chunk < tasks_.chunks(); ++chunk) sums[0].add_(sums[chunk]);
-    grad_weight.copy_(sums[0].view({g_.O, g_.S, Cg, g_.R}).permute({0, 2, 3, 1}));
+    grad_weight.copy_(sums[0].view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
   }
 
  private:
   int64_t strips() const { return ceil_div(g_.OH, rows_); }
 
-  void fill(int64_t n, int64_t group, int64_t y, T* planes, T* cells) const {
-    const int64_t Cg = g_.channels_per_group();
+  // The strip as [row][channel][column], turned to [column][row][channel], whose runs are copied.
+  void fill(int64_t n, int64_t group, int64_t y, T* strip, T* turned, T* cells) const {
+    const int64_t Cg = g_.channels_per_group(), height = strip_.rows * Cg;
     const T* const images = input_ + (n * g_.C + group * Cg) * g_.H * g_.W;
     for (int64_t c = 0; c < Cg; ++c)
-      fill_plane(g_, strip_, images + c * g_.H * g_.W, y, planes + c * strip_.plane());
-    const auto turn = DLOPS_SIMD(transpose, T, T);
-    for (int64_t row = 0; row < std::min(rows_, g_.OH - y); ++row)
-      for (int64_t c = 0; c < Cg; ++c)
-        turn(planes + c * strip_.plane() + row * g_.stride_h * strip_.row,
-             g_.dilation_h * strip_.row, g_.R, strip_.row,
-             cells + row * cells_of_row(g_) + c * g_.R, Cg * g_.R);
+      fill_plane(g_, strip_, images + c * g_.H * g_.W, y, strip + c * strip_.row, Cg * strip_.row);
+    DLOPS_SIMD(transpose, T, T)(strip, strip_.row, height, strip_.row, turned, height);
+    const auto copy = DLOPS_SIMD(copy_runs, T);
+    const bool adjacent = g_.dilation_h == 1;  // kernel rows
+    std::vector<const T*> runs(static_cast<size_t>(adjacent ? 1 : g_.R));
+    for (int64_t row = 0; row < std::min(rows_, g_.OH - y); ++row) {
+      for (size_t r = 0; r < runs.size(); ++r)
+        runs[r] = turned + (row * g_.stride_h + static_cast<int64_t>(r) * g_.dilation_h) * Cg;
+      copy(runs.data(), static_cast<int64_t>(runs.size()), adjacent ? g_.R * Cg : Cg, 0, height,
+           strip_.row, cells + row * cells_of_row(g_));
+    }
   }
 
   void multiply(int64_t n, int64_t group, Interval y, Interval blocks, const T* cells, T* sums,

@@ -83,6 +83,32 @@ struct Tile {
 // addresses of a tile's rows take registers that are not there.
 enum class Form { kRows, kColumns, kAny };
 
+// Pointers to a tile's rows of A, one for every few of them: these are reached by an index, and all
+// of them from one pointer by more indices than there are registers.
+template <int rows, int few, class T>
+class RowPointers {
+ public:
+  RowPointers(const T* a, int64_t ld) : ld_(ld) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) first_[i] = keep_apart(a + few * i * ld);
+  }
+  const T* row(int i) const { return first_[i / few] + i % few * ld_; }
+  void advance(int64_t count) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) first_[i] = keep_apart(first_[i] + count);
+  }
+
+ private:
+  static constexpr int kCount = (rows + few - 1) / few;
+  // So that the compiler does not work it out from another one.
+  static const T* keep_apart(const T* pointer) {
+    asm("" : "+r"(pointer));
+    return pointer;
+  }
+  const T* first_[kCount];
+  int64_t ld_;
+};
+
 // `rows` rows and t.width columns of C, which are `vectors` vectors. Reads all of these in B.
 template <int rows, int vectors, Form form, class T>
 DLOPS_TARGET void multiply(const Tile<T>& t) {
@@ -97,19 +123,27 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sums[i][v] = V(sum_t(0));
   for (int64_t f = 0; f < t.count; ++f) {
-    const T *a = t.factors[f].a + t.a, *b = t.factors[f].b + t.b;
-    for (int64_t term = 0; term < t.terms;
-         term += O::kStep, a += O::kStep * step, b += O::kStep * t.ldb) {
+    const T* b = t.factors[f].b + t.b;
+    RowPointers<rows, form == Form::kColumns ? rows : 3, T> a(t.factors[f].a + t.a, lda);
+    const auto add = [&](int64_t ahead) {
       typename O::Register row[vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) row[v] = O::load(b + O::kStep * v * V::size());
 #pragma GCC unroll 12
       for (int i = 0; i < rows; ++i) {
-        const typename O::Register factor = O::spread(a + i * lda);
+        const typename O::Register factor = O::spread(a.row(i) + ahead * step);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) sums[i][v] = O::add(factor, row[v], sums[i][v]);
       }
+      b += O::kStep * t.ldb;
+    };
+    int64_t term = 0;
+    for (; term + O::kStep < t.terms; term += 2 * O::kStep) {
+      add(0);
+      add(O::kStep);
+      a.advance(2 * O::kStep * step);
     }
+    if (term < t.terms) add(0);
   }
   const auto finish = [&](const auto& store) {
 #pragma GCC unroll 12
