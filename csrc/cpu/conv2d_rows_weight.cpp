@@ -111,11 +111,11 @@ class RowsGradWeight {
 }  // namespace
 
 bool takes_rows_grad_weight(const Conv2dGeometry& g, at::ScalarType dtype) {
-  constexpr int64_t kLeastOutputs = 8;  // rows of a product that hide its latency
+  constexpr int64_t kLeastSums = 8;  // vectors of a product that hide its latency
   constexpr int64_t kStride = 4;        // past that, most of what is copied meets nothing
   if ((dtype != at::kFloat && dtype != at::kDouble) || !has_few_channels(g)) return false;
   return g.dilation_w == 1 && std::max(g.stride_h, g.stride_w) <= kStride &&
-         g.outputs_per_group() >= kLeastOutputs && cells_of_row(g) <= kCells &&
+         g.outputs_per_group() * ceil_div(g.column_rows(), 16) >= kLeastSums && cells_of_row(g) <= kCells &&
          g.channels_per_group() * RowStrip(g, 1).plane() <= kCells;
 }
 
