@@ -34,6 +34,7 @@
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
+#include "cpu/sums.h"
 
 namespace dlops::cpu {
 namespace {
@@ -388,9 +389,8 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
       }
     }
   });
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
   const at::Tensor grouped = result.view({g.groups, Og, Cg, g.R, g.S});
-  const at::Tensor groups_sums = sums[0].view({g.groups, Og * Cg * cells});
+  const at::Tensor groups_sums = add_chunks<sum_t>(sums).view({g.groups, Og * Cg * cells});
   for (int64_t i = 0; i < channels.count(); ++i) {
     const int64_t c0 = channels[i].begin, count = channels[i].end - c0;
     const at::Tensor part = groups_sums.narrow(1, c0 * cells * Og, count * cells * Og);
@@ -493,8 +493,7 @@ void grad_bias_last(const at::Tensor& grad_output, const at::Tensor& result) {
     for (int64_t p = begin * kPixels; p < std::min(pixels, end * kPixels); ++p)
       add_pixel(grad + p * O, sum_data + p / kPixels * O, O);
   });
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
-  result.copy_(sums[0]);
+  result.copy_(add_chunks<sum_t>(sums));
 }
 
 at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {

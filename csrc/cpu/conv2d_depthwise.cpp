@@ -12,6 +12,7 @@
 #include "cpu/capability.h"
 #include "cpu/grain.h"
 #include "cpu/simd/conv2d_depthwise.h"
+#include "cpu/sums.h"
 
 namespace dlops::cpu {
 namespace {
@@ -178,8 +179,7 @@ void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_outpu
           }
         });
       });
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
-  grad_weight.copy_(sums[0].permute({2, 0, 1}).unsqueeze(1));
+  grad_weight.copy_(add_chunks<double>(sums).permute({2, 0, 1}).unsqueeze(1));
 }
 
 }  // namespace dlops::cpu

@@ -13,6 +13,7 @@
 #include "cpu/grain.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/conv2d_planes.h"
+#include "cpu/sums.h"
 
 namespace dlops::cpu {
 namespace {
@@ -284,7 +285,7 @@ void grad_weight(const Conv2dGeometry& g, const scalar_t* grad_output, const sca
       }
     }
   });
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) sums[0].add_(sums[chunk]);
+  add_chunks<double>(sums);
   for (int64_t i = 0; i < g.O * T; ++i)
     result[i] = static_cast<scalar_t>(static_cast<sum_t>(sum_data[i]));
 }

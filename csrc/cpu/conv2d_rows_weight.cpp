@@ -18,6 +18,7 @@
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/conv2d.h"
+#include "cpu/sums.h"
 
 namespace dlops::cpu {
 namespace {
@@ -59,8 +60,7 @@ class RowsGradWeight {
                  data + chunk * size + group * g_.outputs_per_group() * g_.column_rows(), first);
       });
     });
-    for (int64_t chunk = 1; chunk < tasks_.chunks(); ++chunk) sums[0].add_(sums[chunk]);
-    grad_weight.copy_(sums[0].view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
+    grad_weight.copy_(add_chunks<T>(sums).view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
   }
 
  private:
@@ -112,11 +112,11 @@ class RowsGradWeight {
 
 bool takes_rows_grad_weight(const Conv2dGeometry& g, at::ScalarType dtype) {
   constexpr int64_t kLeastSums = 8;  // vectors of a product that hide its latency
-  constexpr int64_t kStride = 4;        // past that, most of what is copied meets nothing
+  constexpr int64_t kStride = 4;     // past that, most of what is copied meets nothing
   if ((dtype != at::kFloat && dtype != at::kDouble) || !has_few_channels(g)) return false;
   return g.dilation_w == 1 && std::max(g.stride_h, g.stride_w) <= kStride &&
-         g.outputs_per_group() * ceil_div(g.column_rows(), 16) >= kLeastSums && cells_of_row(g) <= kCells &&
-         g.channels_per_group() * RowStrip(g, 1).plane() <= kCells;
+         g.outputs_per_group() * ceil_div(g.column_rows(), 16) >= kLeastSums &&
+         cells_of_row(g) <= kCells && g.channels_per_group() * RowStrip(g, 1).plane() <= kCells;
 }
 
 void rows_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,

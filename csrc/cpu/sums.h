@@ -3,10 +3,14 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <vector>
 
 #include "conv2d_math.h"
+#include "cpu/capability.h"
+#include "cpu/grain.h"
+#include "cpu/simd/conv2d.h"
 
 namespace dlops::cpu {
 
@@ -21,6 +25,19 @@ double chunked_sum(int64_t count, int64_t chunk, const F& f) {
   double total = 0;
   for (const double sum : sums) total += sum;
   return total;
+}
+
+// Adds the chunks of `sums` (chunks, ...) to the first, in their order. Returns that.
+template <class sum_t>
+at::Tensor add_chunks(const at::Tensor& sums) {
+  const int64_t chunks = sums.size(0), size = sums.numel() / chunks;
+  sum_t* const data = sums.mutable_data_ptr<sum_t>();
+  const auto add = DLOPS_SIMD(add_row, sum_t, sum_t);
+  at::parallel_for(0, size, grain(chunks), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < chunks; ++chunk)
+      add(data + chunk * size + begin, data + begin, end - begin);
+  });
+  return sums.select(0, 0);
 }
 
 }  // namespace dlops::cpu
