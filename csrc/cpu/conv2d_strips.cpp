@@ -22,8 +22,8 @@ namespace {
 
 // What a strip of images may take beside the weights in a second-level cache, in elements.
 constexpr int64_t kStripElements = 64 * 1024;
-// Tasks that keep a few threads evenly busy.
-constexpr int64_t kTasks = 8;
+// Tasks that keep a few threads evenly busy, and so few that some would have none.
+constexpr int64_t kTasks = 8, kLeastTasks = 4;
 
 struct Strides {
   int64_t image, row, pixel;
@@ -99,11 +99,15 @@ struct Cut {
     }
     const int64_t parts = ceil_div(kTasks, k.groups * ceil_div(k.images, images));
     int64_t strips = ceil_div(k.H_out, fitting);
+    // What is less to read again is split: the source is by each block, the weights by each strip.
     if (weights * blocks > k.W_in * k.H_in * k.in_channels) {
       blocks = ceil_div(blocks, std::min(blocks, ceil_div(parts, strips)));
     } else {
       strips = std::max(strips, std::min(parts, ceil_div(k.H_out, 4)));
     }
+    // Strips after all where that leaves less than a few threads have to do.
+    const int64_t tasks = k.groups * ceil_div(k.images, images) * ceil_div(k.blocks(), blocks);
+    strips = std::max(strips, std::min(ceil_div(kLeastTasks, tasks), ceil_div(k.H_out, 4)));
     rows = std::min(k.H_out, ceil_div(ceil_div(k.H_out, strips), k.row_step) * k.row_step);
   }
 };

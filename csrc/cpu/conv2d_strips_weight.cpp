@@ -67,7 +67,7 @@ void add_products(int64_t m, int64_t n, Factors<T> first, int64_t lda, std::arra
 // in a second-level cache, and is at least as much as the sums that it is added to. It depends on
 // the shapes alone.
 struct Cut {
-  static constexpr int64_t kElements = 64 * 1024, kMost = 256 * 1024;
+  static constexpr int64_t kElements = 64 * 1024, kMost = 256 * 1024, kLeastTasks = 4;
   int64_t images = 1, rows, strips, units;
   // `depth`: elements of a source pixel, of which there are `pixels` for each output row.
   Cut(const Conv2dGeometry& g, int64_t pixels, int64_t depth) : rows(g.OH) {
@@ -80,6 +80,12 @@ struct Cut {
       images = ceil_div(g.N, ceil_div(g.N, fitting));
     } else {
       rows = ceil_div(g.OH, ceil_div(g.OH, std::clamp<int64_t>(most / row, 1, g.OH)));
+    }
+    // A part of one image each, where that leaves less than a few threads have to do.
+    const int64_t blocks = g.groups * ceil_div(g.outputs_per_group(), WeightTasks::kBlock);
+    if (images == 1) {
+      const int64_t parts = std::min(ceil_div(kLeastTasks, g.N * blocks), ceil_div(g.OH, 4));
+      rows = std::min(rows, ceil_div(g.OH, parts));
     }
     strips = ceil_div(g.OH, rows);
     units = ceil_div(g.N, images) * strips;
