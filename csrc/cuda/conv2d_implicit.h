@@ -13,8 +13,8 @@ namespace dlops::cuda {
 // DLOPS_CUDA_CONV2D=implicit_gemm_wgmma: an error where the device or the build has none.
 bool asks_for_wgmma();
 
-// Enough tiles to occupy the largest devices, where there are as many. Fewer in tests, so that small
-// cases meet large tiles.
+// Enough tiles to occupy the largest devices, where there are as many. Fewer in tests, so that
+// small cases meet large tiles.
 #if !defined(DLOPS_ENOUGH_TILES)
 #define DLOPS_ENOUGH_TILES 264
 #endif
