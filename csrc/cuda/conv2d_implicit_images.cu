@@ -104,7 +104,7 @@ bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g
 }
 
 bool gathers(const at::Tensor& images, const Conv2dGeometry& g) {
-  constexpr int64_t kFewChannels = 4, kMostTaps = 384;  // of Conv2dTiles
+  constexpr int64_t kFewChannels = 4;
   const int64_t channels = images.size(1) / g.groups;
   const int64_t span = (g.R * g.dilation_h + 1) * step(images, 2) +
                        (g.S * g.dilation_w + 1) * step(images, 3) + channels * step(images, 1);

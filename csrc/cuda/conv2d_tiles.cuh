@@ -24,7 +24,6 @@ struct Conv2dTiles : Tile<scalar_t> {
   using Products = Multiply<scalar_t, kPixels, kOutputs>;
   static constexpr int M = Products::M, N = Products::N;
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
-  static constexpr int kMostTaps = 384;  // two blocks of 128 x 64 still share sm_80's memory
   static constexpr int kStageBytes = (kPixels + kOutputs) * T::kRowBytes;
   static constexpr int kTapBytes = gathers ? kMostTaps * static_cast<int>(sizeof(Tap)) : 0;
   static constexpr int kSharedBytes = T::kStages * kStageBytes + kTapBytes;

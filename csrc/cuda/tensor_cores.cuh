@@ -93,7 +93,9 @@ struct Cell {
   }
 };
 
-// The same worked out ahead, for the paths that read element by element.
+// The same worked out ahead, for the paths that read element by element: at most so many, with
+// which two blocks of 128 x 64 sums still share sm_80's memory.
+constexpr int kMostTaps = 384;
 struct alignas(16) Tap {
   int dh, dw, offset, unused;
 
