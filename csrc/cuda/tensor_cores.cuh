@@ -58,7 +58,7 @@ struct Window {
   const scalar_t* start;
   int ih, iw;
 
-  DLOPS_DEVICE Window() = default;
+  Window() = default;
   DLOPS_DEVICE Window(const TensorCoreConv2d<scalar_t>& conv, int64_t pixel, int64_t end,
                       int group) {
     if (pixel >= end) {
