@@ -110,13 +110,13 @@ def test_every_class_balanced_loss_is_dlops(tmp_path: Path, monkeypatch: Any) ->
 
 def test_batch_norm_bears_a_rate_that_is_too_high_without(tmp_path: Path) -> None:
     quick = ["--limit", "480", "--epochs", "3", "--set", "network.widths=[8, 16]"]
-    found = results(batch_norm, tmp_path, *quick, "--lr", "0.02", "--factors", "1")
+    found = results(batch_norm, tmp_path, *quick, "--lr", "0.05", "--factors", "1")
     (_, normalised), (_, plain) = sorted(found["runs"].items())
     assert normalised[-1]["train_accuracy"] > 0.5
     assert plain[-1]["train_accuracy"] < 0.2
     rows = (tmp_path / "batch_norm" / "results.md").read_text()
     expected = f"{normalised[-1]['test_accuracy']:.4f} |       {plain[-1]['test_accuracy']:.4f} |"
-    assert f"| 0.02 (x1)       |    {expected}" in rows
+    assert f"| 0.05 (x1)       |    {expected}" in rows
 
 
 def test_dropout_of_everything(tmp_path: Path) -> None:
