@@ -2,7 +2,7 @@
 //   conv2d_strips.h        products that read channels_last pixels where they are: floating-point
 //                          types
 //   conv2d_pairs_weight.h  the weight's gradient from bfloat16 images
-//   conv2d_rows.h          the forward pass from contiguous images of few channels
+//   conv2d_rows.h          contiguous images of few channels: forward, and the weight's gradient
 //   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
 //                          contiguous images, integers and complex numbers; its forward,
 //                          grad_input and grad_weight are in this file

@@ -1,14 +1,14 @@
 // The gradient of a convolution's weight as implicit GEMM on the tensor cores
-// (grad_weight_tiles.cuh). The pixels are cut into parts, which sum side by side; then the parts
-// are added in their order.
+// (conv2d_grad_weight_tiles.cuh). The pixels are cut into parts, which sum side by side; then the
+// parts are added in their order.
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 
 #include "common/cuda_utils.cuh"
+#include "cuda/conv2d_grad_weight_tiles.cuh"
 #include "cuda/conv2d_implicit.h"
 #include "cuda/divider.h"
-#include "cuda/grad_weight_tiles.cuh"
 
 namespace dlops::cuda {
 namespace {
