@@ -170,6 +170,7 @@ fi
 if wants implicit_gemm; then
   DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-bfloat16 --dtype bfloat16 --only conv2d
   DLOPS_CUDA_CONV2D=implicit_gemm_wgmma benchmark wgmma-bfloat16 --dtype bfloat16 --only conv2d
+  DLOPS_CUDA_CONV2D=implicit_gemm_tma benchmark tma-bfloat16 --dtype bfloat16 --only conv2d
   DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-tf32 --dtype float32 --tf32 --only conv2d
 fi
 

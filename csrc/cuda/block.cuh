@@ -9,6 +9,7 @@
 #include "common/cuda_utils.cuh"
 
 #if defined(__CUDACC__)
+#include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
 
 #define DLOPS_DEVICE __device__ __forceinline__
@@ -138,10 +139,45 @@ class Block {
   // Around the products of one stage.
   DLOPS_DEVICE void open_products() const { open_wgmma(); }
   DLOPS_DEVICE void close_products() const { close_wgmma(); }
-  // Waits until all products that were started are there.
-  DLOPS_DEVICE void finish_products() const { wait_for_wgmma(); }
+  // Waits until the products are there, but those of the last `pending` stages.
+  template <int pending = 0>
+  DLOPS_DEVICE void finish_products() const {
+    wait_for_wgmma<pending>();
+  }
   // Shows products what the thread wrote to shared memory, or what was copied for it.
   DLOPS_DEVICE void publish() const { publish_for_wgmma(); }
+
+  // Calls f() in one thread.
+  template <class F>
+  DLOPS_DEVICE void one(const F& f) const {
+    if (threadIdx.x == 0) f();
+    __syncwarp();
+  }
+  // Barriers in shared memory, each of which goes through phases that end when as many bytes have
+  // come as were expected. Opened, closed and told what to expect by one thread.
+  DLOPS_DEVICE void open_barriers(uint64_t* barriers, int count) const {
+    for (int i = 0; i < count; ++i) open_tma_barrier(barriers + i);
+    publish_tma_barriers();
+  }
+  DLOPS_DEVICE void close_barriers(uint64_t* barriers, int count) const {
+    for (int i = 0; i < count; ++i) close_tma_barrier(barriers + i);
+  }
+  DLOPS_DEVICE void expect(uint64_t* barrier, int bytes) const { expect_tma(barrier, bytes); }
+  // Start to copy a box, by one thread.
+  DLOPS_DEVICE void copy_rows(void* shared, const BoxMap& map, uint64_t* barrier, int c, int plane,
+                              int row) const {
+    start_tma_rows(shared, map, barrier, c, plane, row);
+  }
+  DLOPS_DEVICE void copy_pixels(void* shared, const BoxMap& map, uint64_t* barrier, int c, int n,
+                                int h, int w, int dh, int dw) const {
+    start_tma_pixels(shared, map, barrier, c, n, h, w, dh, dw);
+  }
+  // Waits for the end of a phase: the first, third, ... have parity 0. Every thread.
+  DLOPS_DEVICE void wait_for_phase(uint64_t* barrier, int parity) const {
+    while (!tma_is_over(barrier, parity)) {
+    }
+    __syncwarp();
+  }
 
  private:
   template <class G>
@@ -158,8 +194,8 @@ class Block {
 };
 
 template <class Tiles>
-__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks)
-    for_each_tile_kernel(const Tiles tiles) {
+__global__ void __launch_bounds__(Tiles::kThreads, Tiles::kBlocks) for_each_tile_kernel(
+    const __grid_constant__ Tiles tiles) {  // in place, where the TMA reads maps
   extern __shared__ __align__(1024) unsigned char shared[];
   Block block;
   for (int64_t tile = blockIdx.x; tile < tiles.count(); tile += gridDim.x) {

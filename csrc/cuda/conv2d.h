@@ -16,7 +16,7 @@ namespace dlops::cuda {
 #endif
 constexpr int64_t kWorkspaceBytes = DLOPS_WORKSPACE_BYTES;
 
-// Whether the ways without a column matrix are asked for: DLOPS_CUDA_CONV2D=implicit_gemm.
+// Whether the ways without a column matrix are asked for: DLOPS_CUDA_CONV2D=implicit_gemm and on.
 bool asks_for_implicit_gemm();
 
 // Whether a way is asked for and serves this dtype, device and geometry.

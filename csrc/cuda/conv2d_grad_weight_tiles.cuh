@@ -2,28 +2,38 @@
 // alone.
 #pragma once
 
+#include <type_traits>
+#include <variant>
+
+#include "cuda/boxes.h"
 #include "cuda/tensor_cores.cuh"
 
 namespace dlops::cuda {
 
 // sums (parts, groups, O, K) = grad_output^T (O x pixels) x columns (pixels x K), where each part
 // adds up `part_pixels` pixels, by tiles of kOutputs x kColumns. grad_output's channels are
-// neighbours in memory; columns are copied or gathered, as in conv2d_tiles.cuh.
-template <class scalar_t, int kOutputs, int kColumns, bool gathers,
+// neighbours in memory. Multiply and conv.C are as in conv2d_tiles.cuh.
+template <class scalar_t, int kOutputs, int kColumns, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
 struct GradWeightTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
+  static constexpr Copies kCopies = copies;
+  static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
   static constexpr int kBlocks = sizeof(scalar_t) == 4 && kOutputs == 128 ? 1 : 2;  // or it spills
-  static constexpr int kPixels = 32;                                                // a stage
-  // A stage holds panels of 32 pixels by 128 bytes.
+  static constexpr int kPixels = by_boxes ? 64 : 32;  // a stage, in panels of so many by 128 bytes
   static constexpr int kPanelBytes = kPixels * T::kRowBytes;
   static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
   static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
   static constexpr int kTapBytes = gathers ? kColumns * static_cast<int>(sizeof(Tap)) : 0;
-  static constexpr int kSharedBytes = T::kStages * kStageBytes + kTapBytes;
+  static constexpr int kSharedBytes =
+      T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : kTapBytes);
   using Products = Multiply<scalar_t, kOutputs, kColumns>;
   static constexpr int M = Products::M, N = Products::N;
   static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
+
+  struct Boxes {
+    BoxMap pixels, grad_output;  // a plane of grad_output's channels
+  };
 
   TensorCoreConv2d<scalar_t> conv;
   const scalar_t* grad_output;
@@ -31,6 +41,7 @@ struct GradWeightTiles : Tile<scalar_t> {
   float* sums;
   bool adds;            // to what is there
   int64_t part_pixels;  // a multiple of kPixels
+  std::conditional_t<by_boxes, Boxes, std::monostate> boxes;
 
   DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
   DLOPS_HOST_DEVICE int64_t column_tiles() const {
@@ -85,6 +96,28 @@ struct GradWeightTiles : Tile<scalar_t> {
         block.template copy<16>(chunk_at(panels, row, chunk), window.start + cell.offset,
                                 k < conv.column_rows() && window.inside(conv, cell));
       }
+    }
+  }
+
+  // The boxes of a stage: what lies past the last pixel, or the last column, is zero.
+  template <class Block>
+  DLOPS_DEVICE void copy_boxes(Block& block, uint64_t* barrier, unsigned char* panels,
+                               const Place& place, int64_t pixel) const {
+    for (int i = 0; i < kOutputPanels; ++i)
+      block.copy_rows(
+          panels + i * kPanelBytes, boxes.grad_output, barrier,
+          static_cast<int>(place.group * grad_group) + place.first_output + i * kBoxChannels, 0,
+          static_cast<int>(pixel));
+    const OutputPixel at(conv, pixel);
+    for (int i = 0; i < kColumnPanels; ++i) {
+      const int k = place.first_column + i * kBoxChannels;
+      const bool there = k < conv.column_rows();
+      const int tap = there ? k / conv.C : 0, c = there ? k - tap * conv.C : conv.C;
+      block.copy_pixels(panels + (kOutputPanels + i) * kPanelBytes, boxes.pixels, barrier,
+                        (there ? place.group : conv.groups - 1) * conv.C + c,
+                        static_cast<int>(at.n), at.oh * conv.stride_h - conv.pad_top,
+                        at.ow * conv.stride_w - conv.pad_left, tap / conv.S * conv.dilation_h,
+                        tap % conv.S * conv.dilation_w);
     }
   }
 
@@ -164,6 +197,31 @@ struct GradWeightTiles : Tile<scalar_t> {
     });
   }
 
+  // All stages, but of boxes.
+  template <class Block, class F, class G>
+  DLOPS_DEVICE void copy_and_multiply(Block& block, unsigned char* shared, const Place& place,
+                                      int64_t steps, const F& stage,
+                                      const G& multiply_stage) const {
+    Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
+    if constexpr (gathers) {
+      block.threads([&](int thread) {
+        if (thread < kColumns) taps[thread] = Tap(conv, place.first_column + thread);
+      });
+      block.sync();
+    }
+    run_stages<Products, T::kStages>(
+        block, steps,
+        [&](int64_t step) {
+          const int64_t pixel = place.first_pixel + step * kPixels;
+          block.threads([&](int thread) {
+            copy_outputs(block, stage(step), thread, place, pixel);
+            copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, taps, thread, place,
+                         pixel);
+          });
+        },
+        multiply_stage);
+  }
+
   template <class Block>
   DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
     const int64_t outputs = output_tiles(), columns = column_tiles();
@@ -181,27 +239,22 @@ struct GradWeightTiles : Tile<scalar_t> {
     const auto stage = [&](int64_t step) {
       return shared + static_cast<int>(step % T::kStages) * kStageBytes;
     };
-    Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
-
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> values;
-    block.threads([&](int thread) {
-      values[thread] = {};
-      if constexpr (gathers)
-        if (thread < kColumns) taps[thread] = Tap(conv, place.first_column + thread);
-    });
-    if constexpr (gathers) block.sync();
-    run_stages<Products, T::kStages>(
-        block, steps,
-        [&](int64_t step) {
-          const int64_t pixel = place.first_pixel + step * kPixels;
-          block.threads([&](int thread) {
-            copy_outputs(block, stage(step), thread, place, pixel);
-            copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, taps, thread, place,
-                         pixel);
-          });
-        },
-        [&](int64_t step) { multiply(block, stage(step), fragments, values); });
+    block.threads([&](int thread) { values[thread] = {}; });
+    const auto multiply_stage = [&](int64_t step) {
+      multiply(block, stage(step), fragments, values);
+    };
+    if constexpr (by_boxes) {
+      run_stages_of_boxes<T::kStages>(
+          block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes), steps, kStageBytes,
+          [&](int64_t step, uint64_t* barrier) {
+            copy_boxes(block, barrier, stage(step), place, place.first_pixel + step * kPixels);
+          },
+          multiply_stage);
+    } else {
+      copy_and_multiply(block, shared, place, steps, stage, multiply_stage);
+    }
     block.threads([&](int thread) { store(values[thread], thread, place, part); });
   }
 };

@@ -79,48 +79,73 @@ bool is_matrix(const Conv2dGeometry& g, const at::Tensor& weight, int64_t channe
 
 // ------------------------------------------------------------------------------- the convolution
 
-// `weight` is a matrix of such rows.
-void launch_conv2d(const Conv2dGeometry& g, const TileImages& images, bool gathers,
-                   const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& output,
-                   const OutputPlace& place) {
-  with_dtype(weight, [&](auto zero) {
+// The products of one call: `weight` is a matrix of such rows.
+struct Conv2dCall {
+  const Conv2dGeometry& g;
+  const TileImages& images;
+  const at::Tensor& weight;
+  const at::Tensor& bias;
+  const at::Tensor& output;
+  const OutputPlace& place;
+
+  template <class scalar_t, int kPixels, int kOutputs, Copies copies,
+            template <class, int, int> class Multiply = WarpProducts>
+  void launch() const {
+    Conv2dTiles<scalar_t, kPixels, kOutputs, copies, Multiply> tiles;
+    tiles.conv = tensor_core_conv2d<scalar_t>(g, images);
+    tiles.weight = weight.const_data_ptr<scalar_t>();
+    tiles.weight_row = static_cast<int>(weight.numel() / g.O);
+    tiles.bias = data_or_null<scalar_t>(bias);
+    tiles.output = output.mutable_data_ptr<scalar_t>();
+    tiles.place = place;
+    if constexpr (copies == Copies::boxes) {
+      tiles.conv.C = static_cast<int>(whole_boxes(images.channels));
+      tiles.boxes.pixels = pixel_boxes(g, images, kPixels);
+      tiles.boxes.weights = map_rows({weight.const_data_ptr(), images.channels, g.R * g.S, g.O,
+                                      images.channels, weight.numel() / g.O, kOutputs},
+                                     weight.scalar_type() == at::kBFloat16);
+    }
+    for_each_tile(tiles);
+  }
+};
+
+void launch_conv2d(const Conv2dCall& call, bool gathers) {
+  const Conv2dGeometry& g = call.g;
+  const int64_t outputs = g.outputs_per_group();
+  const int64_t large_tiles = g.groups *
+                              tiles_of(call.images.memory.size(0) * g.output_pixels(), 128) *
+                              tiles_of(outputs, 128);
+  const bool large = large_tiles >= kEnoughTiles;
+  with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto launch = [&](auto tiles) {
-      tiles.conv = tensor_core_conv2d<scalar_t>(g, images);
-      tiles.weight = weight.const_data_ptr<scalar_t>();
-      tiles.weight_row = static_cast<int>(weight.numel() / g.O);
-      tiles.bias = data_or_null<scalar_t>(bias);
-      tiles.output = output.mutable_data_ptr<scalar_t>();
-      tiles.place = place;
-      for_each_tile(tiles);
-    };
-    const int64_t outputs = g.outputs_per_group();
-    const int64_t large_tiles = g.groups *
-                                tiles_of(images.memory.size(0) * g.output_pixels(), 128) *
-                                tiles_of(outputs, 128);
-    const bool large = large_tiles >= kEnoughTiles;
+    using enum Copies;
     if constexpr (sizeof(scalar_t) == 2) {
       if (large && asks_for_wgmma()) {
+        const bool by_boxes = !gathers && takes_boxes(g, call.images.channels, call.images.col);
         if (gathers) {
-          launch(Conv2dTiles<scalar_t, 128, 64, true, GroupProducts>());
+          call.launch<scalar_t, 128, 64, gathered, GroupProducts>();
+        } else if (by_boxes && outputs > 64) {
+          call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
+        } else if (by_boxes) {
+          call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
         } else if (outputs > 64) {
-          launch(Conv2dTiles<scalar_t, 128, 128, false, GroupProducts>());
+          call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
         } else {
-          launch(Conv2dTiles<scalar_t, 128, 64, false, GroupProducts>());
+          call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
         }
         return;
       }
     }
     if (gathers && large) {
-      launch(Conv2dTiles<scalar_t, 128, 64, true>());
+      call.launch<scalar_t, 128, 64, gathered>();
     } else if (gathers) {
-      launch(Conv2dTiles<scalar_t, 64, 64, true>());
+      call.launch<scalar_t, 64, 64, gathered>();
     } else if (large && outputs > 64) {
-      launch(Conv2dTiles<scalar_t, 128, 128, false>());
+      call.launch<scalar_t, 128, 128, chunks>();
     } else if (large) {
-      launch(Conv2dTiles<scalar_t, 128, 64, false>());
+      call.launch<scalar_t, 128, 64, chunks>();
     } else {
-      launch(Conv2dTiles<scalar_t, 64, 64, false>());
+      call.launch<scalar_t, 64, 64, chunks>();
     }
   });
 }
@@ -208,8 +233,8 @@ void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at:
   const ImageReader images(input, g.groups, gathered);
   for (int64_t n = 0; n < g.N; n += images.at_a_time()) {
     const int64_t count = std::min(images.at_a_time(), g.N - n);
-    launch_conv2d(g, images.read(n, count), gathered, matrix, dense_bias,
-                  output.narrow(0, n, count), place);
+    launch_conv2d({g, images.read(n, count), matrix, dense_bias, output.narrow(0, n, count), place},
+                  gathered);
   }
 }
 
@@ -234,8 +259,9 @@ void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
     const int64_t count = std::min(images.at_a_time(), g.N - n);
     const TileImages grad = images.read(n, count);
     for (const ResidueConv2d& residue : residues)
-      launch_conv2d(residue.g, grad, gathered, residue.weight, at::Tensor(),
-                    grad_input.narrow(0, n, count), residue.place);
+      launch_conv2d({residue.g, grad, residue.weight, at::Tensor(), grad_input.narrow(0, n, count),
+                     residue.place},
+                    gathered);
   }
 }
 

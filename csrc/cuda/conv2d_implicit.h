@@ -4,14 +4,17 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "cuda/boxes.h"
 #include "cuda/conv2d.h"
 #include "cuda/tensor_cores.cuh"
 
 namespace dlops::cuda {
 
-// Whether Hopper's products of groups of warps are asked for,
-// DLOPS_CUDA_CONV2D=implicit_gemm_wgmma: an error where the device or the build has none.
+// Whether Hopper's products of groups of warps are asked for, DLOPS_CUDA_CONV2D=implicit_gemm_wgmma
+// or implicit_gemm_tma, and the latter's copies of boxes: an error where the device or the build
+// has none.
 bool asks_for_wgmma();
+bool asks_for_boxes();
 
 // Enough tiles to occupy the largest devices, where there are as many. Fewer in tests, so that
 // small cases meet large tiles.
@@ -55,6 +58,9 @@ class ImageReader {
   ImageReader(const at::Tensor& images, int64_t groups, bool in_place = false);
   // Most images in a call of read.
   int64_t at_a_time() const { return at_a_time_; }
+  // What read gives: the channels of a group and the step from pixel to pixel.
+  int64_t channels() const;
+  int64_t pixel() const;
   TileImages read(int64_t first, int64_t count) const;
 
  private:
@@ -66,6 +72,16 @@ class ImageReader {
 // Whether columns of these images, input or grad_output, are gathered element by element where the
 // images are: first layers.
 bool gathers(const at::Tensor& images, const Conv2dGeometry& g);
+
+// Channels of a group in whole boxes.
+inline int64_t whole_boxes(int64_t channels) {
+  return ceil_div(channels, kBoxChannels) * kBoxChannels;
+}
+
+// Whether boxes are asked for and serve images of so many channels to a group, and this step from
+// pixel to pixel: with few channels of zeros, and none of the next group.
+bool takes_boxes(const Conv2dGeometry& g, int64_t channels, int64_t pixel);
+BoxMap pixel_boxes(const Conv2dGeometry& g, const TileImages& images, int box_pixels);
 
 // The convolution of these images.
 template <class scalar_t>

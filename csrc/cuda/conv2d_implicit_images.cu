@@ -17,14 +17,19 @@
 namespace dlops::cuda {
 namespace {
 
-std::string_view choice() {
+enum class Choice { im2col, implicit_gemm, wgmma, tma };
+
+Choice choice() {
   const char* const asked = std::getenv("DLOPS_CUDA_CONV2D");
   const std::string_view value = asked == nullptr ? "im2col" : asked;
-  TORCH_CHECK_VALUE(
-      value == "im2col" || value == "implicit_gemm" || value == "implicit_gemm_wgmma",
-      "DLOPS_CUDA_CONV2D must be im2col (the default), implicit_gemm or implicit_gemm_wgmma, got ",
-      value);
-  return value;
+  if (value == "im2col") return Choice::im2col;
+  if (value == "implicit_gemm") return Choice::implicit_gemm;
+  if (value == "implicit_gemm_wgmma") return Choice::wgmma;
+  TORCH_CHECK_VALUE(value == "implicit_gemm_tma",
+                    "DLOPS_CUDA_CONV2D must be im2col (the default), implicit_gemm, "
+                    "implicit_gemm_wgmma or implicit_gemm_tma, got ",
+                    value);
+  return Choice::tma;
 }
 
 bool has_tensor_cores() {
@@ -72,25 +77,31 @@ bool has_chunks(const at::Tensor& images, int64_t groups) {
          reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
 }
 
+BoxesOfPixels boxes_of_pixels(const Conv2dGeometry& g, int64_t channels, int64_t pixel) {
+  return {nullptr, g.N,        g.H,        g.W,       g.groups * channels, pixel, g.OH,
+          g.OW,    g.stride_h, g.stride_w, g.pad_top, g.pad_left,          0};
+}
+
 }  // namespace
 
-bool asks_for_implicit_gemm() { return choice() != "im2col"; }
+bool asks_for_implicit_gemm() { return choice() != Choice::im2col; }
 
 bool asks_for_wgmma() {
-  if (choice() != "implicit_gemm_wgmma") return false;
+  if (choice() < Choice::wgmma) return false;
 #if defined(__CUDACC__)
   const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
-  TORCH_CHECK(
-      device.major == 9 && device.minor == 0,
-      "DLOPS_CUDA_CONV2D=implicit_gemm_wgmma needs a device of compute capability 9.0, this "
-      "one has ",
-      device.major, ".", device.minor, "; implicit_gemm serves all from 8.0 on");
+  const char* const asked = std::getenv("DLOPS_CUDA_CONV2D");
+  TORCH_CHECK(device.major == 9 && device.minor == 0, "DLOPS_CUDA_CONV2D=", asked,
+              " needs a device of compute capability 9.0, this one has ", device.major, ".",
+              device.minor, "; implicit_gemm serves all from 8.0 on");
   TORCH_CHECK(std::string_view(DLOPS_CUDA_ARCH_LIST).find("9.0a") != std::string_view::npos,
-              "DLOPS_CUDA_CONV2D=implicit_gemm_wgmma needs a build for 9.0a, this one is for ",
+              "DLOPS_CUDA_CONV2D=", asked, " needs a build for 9.0a, this one is for ",
               DLOPS_CUDA_ARCH_LIST, "; set TORCH_CUDA_ARCH_LIST=9.0a and build again");
 #endif
   return true;
 }
+
+bool asks_for_boxes() { return asks_for_wgmma() && choice() == Choice::tma; }
 
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
   return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_tensor_cores();
@@ -118,11 +129,16 @@ ImageReader::ImageReader(const at::Tensor& images, int64_t groups, bool in_place
       at_a_time_(images.size(0)),
       in_place_(in_place || has_chunks(images, groups)) {
   if (in_place_) return;
-  const int64_t places = groups * whole_chunks(images.size(1) / groups, images);
-  const int64_t bytes = places * images.size(2) * images.size(3) * images.element_size();
+  const int64_t bytes = pixel() * images.size(2) * images.size(3) * images.element_size();
   at_a_time_ =
       std::clamp<int64_t>(kWorkspaceBytes / 2 / std::max<int64_t>(bytes, 1), 1, at_a_time_);
 }
+
+int64_t ImageReader::channels() const {
+  const int64_t channels = images_.size(1) / groups_;
+  return in_place_ ? channels : whole_chunks(channels, images_);
+}
+int64_t ImageReader::pixel() const { return in_place_ ? images_.stride(3) : groups_ * channels(); }
 
 TileImages ImageReader::read(int64_t first, int64_t count) const {
   const at::Tensor images = images_.narrow(0, first, count);
@@ -131,7 +147,7 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
     return {images,           images.stride(0), channels * images.stride(1),
             images.stride(1), images.stride(2), images.stride(3),
             channels};
-  const int64_t padded = whole_chunks(channels, images), places = groups_ * padded;
+  const int64_t padded = this->channels(), places = pixel();
   const at::Tensor memory = at::empty({count, H, W, places}, images.options());
   with_dtype(images, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -141,6 +157,22 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
         static_cast<int>(padded), places, memory.mutable_data_ptr<scalar_t>()});
   });
   return {memory, H * W * places, padded, 1, W * places, places, padded};
+}
+
+bool takes_boxes(const Conv2dGeometry& g, int64_t channels, int64_t pixel) {
+  const int64_t whole = whole_boxes(channels);
+  return asks_for_boxes() && whole * 3 <= channels * 4 && (g.groups == 1 || whole == channels) &&
+         pixel >= g.groups * channels &&
+         boxes_reach(boxes_of_pixels(g, channels, pixel), (g.R - 1) * g.dilation_h,
+                     (g.S - 1) * g.dilation_w);
+}
+
+BoxMap pixel_boxes(const Conv2dGeometry& g, const TileImages& images, int box_pixels) {
+  BoxesOfPixels boxes = boxes_of_pixels(g, images.channels, images.col);
+  boxes.start = images.memory.const_data_ptr();
+  boxes.N = images.memory.size(0);
+  boxes.box_pixels = box_pixels;
+  return map_pixels(boxes, images.memory.scalar_type() == at::kBFloat16);
 }
 
 }  // namespace dlops::cuda

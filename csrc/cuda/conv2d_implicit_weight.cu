@@ -38,77 +38,110 @@ struct AddParts {
   }
 };
 
+constexpr int64_t kPartMultiple = 64;
+
 // How the pixels of a call are cut. It depends on the shapes and layouts alone, and so does the
 // order of every sum.
 int64_t pixels_of_part(const Conv2dGeometry& g, int64_t pixels, int64_t sums) {
-  constexpr int64_t kLeastPixels = 256, kMultiple = 32;
+  constexpr int64_t kLeastPixels = 256;
   const int64_t most =
       std::min(ceil_div(pixels, kLeastPixels), kWorkspaceBytes / (sums * int64_t(sizeof(float))));
   const int64_t large_tiles =
       g.groups * tiles_of(g.outputs_per_group(), 128) * tiles_of(g.column_rows(), 128);
   const int64_t parts = std::max<int64_t>(1, std::min(kEnoughTiles / large_tiles, most));
-  return ceil_div(ceil_div(pixels, parts), kMultiple) * kMultiple;
+  return ceil_div(ceil_div(pixels, parts), kPartMultiple) * kPartMultiple;
 }
 
-// The parts' sums of these images, in `sums`; `adds`: to what is there.
-template <class Tiles, class scalar_t>
-void launch_grad_weight(Tiles tiles, const TensorCoreConv2d<scalar_t>& conv, const TileImages& grad,
-                        int64_t part_pixels, bool adds, const at::Tensor& sums) {
-  static_assert(32 % Tiles::kPixels == 0);
-  tiles.conv = conv;
-  tiles.grad_output = grad.memory.const_data_ptr<scalar_t>();
-  tiles.grad_pixel = grad.col;
-  tiles.grad_group = grad.group;
-  tiles.sums = sums.mutable_data_ptr<float>();
-  tiles.adds = adds;
-  tiles.part_pixels = part_pixels;
-  for_each_tile(tiles);
+// The parts' sums of some images, in `sums`; `adds`: to what is there.
+struct GradWeightCall {
+  const Conv2dGeometry& g;
+  const TileImages& images;
+  const TileImages& grad;
+  int64_t channels;  // to a group, in sums
+  int64_t part_pixels;
+  bool adds;
+  const at::Tensor& sums;
+
+  template <class scalar_t, int kOutputs, int kColumns, Copies copies,
+            template <class, int, int> class Multiply = WarpProducts>
+  void launch() const {
+    using Tiles = GradWeightTiles<scalar_t, kOutputs, kColumns, copies, Multiply>;
+    static_assert(kPartMultiple % Tiles::kPixels == 0);
+    Tiles tiles;
+    tiles.conv = tensor_core_conv2d<scalar_t>(g, images);
+    tiles.conv.C = static_cast<int>(channels);
+    tiles.grad_output = grad.memory.const_data_ptr<scalar_t>();
+    tiles.grad_pixel = grad.col;
+    tiles.grad_group = grad.group;
+    tiles.sums = sums.mutable_data_ptr<float>();
+    tiles.adds = adds;
+    tiles.part_pixels = part_pixels;
+    if constexpr (copies == Copies::boxes) {
+      tiles.boxes.pixels = pixel_boxes(g, images, Tiles::kPixels);
+      tiles.boxes.grad_output = map_rows({grad.memory.const_data_ptr(), g.groups * grad.channels, 1,
+                                          tiles.conv.pixels(), grad.col, grad.col, Tiles::kPixels},
+                                         grad.memory.scalar_type() == at::kBFloat16);
+    }
+    for_each_tile(tiles);
+  }
+};
+
+void launch_grad_weight(const GradWeightCall& call, Copies copies) {
+  const Conv2dGeometry& g = call.g;
+  const bool wide = g.outputs_per_group() > 64, many = g.column_rows() > 64;
+  with_dtype(call.grad.memory, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    using enum Copies;
+    if constexpr (sizeof(scalar_t) == 2) {
+      if (copies == boxes && many) return call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
+      if (copies == boxes) return call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
+      if (wide && copies == chunks && asks_for_wgmma()) {
+        if (many) return call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
+        return call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
+      }
+    }
+    if (copies == gathered) return call.launch<scalar_t, 64, 64, gathered>();
+    if (wide && many) return call.launch<scalar_t, 128, 128, chunks>();
+    return call.launch<scalar_t, 64, 64, chunks>();
+  });
+}
+
+// How the columns come.
+Copies copies_of(const Conv2dGeometry& g, const at::Tensor& input, const ImageReader& images,
+                 const ImageReader& grads) {
+  if (gathers(input, g)) return Copies::gathered;
+  const int64_t outputs = g.outputs_per_group();
+  const bool by_boxes = input.element_size() == 2 && outputs > 64 &&
+                        takes_boxes(g, images.channels(), images.pixel()) &&
+                        grads.pixel() >= g.groups * grads.channels() &&
+                        g.N * g.output_pixels() < int64_t(1) << 31;
+  return by_boxes ? Copies::boxes : Copies::chunks;
 }
 
 }  // namespace
 
 void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                           const at::Tensor& input, const at::Tensor& grad_weight) {
-  const bool gathered = gathers(input, g);
-  const ImageReader images(input, g.groups, gathered);
+  const ImageReader images(input, g.groups, gathers(input, g));
   const ImageReader grads(grad_output, g.groups);
+  const Copies copies = copies_of(g, input, images, grads);
   const int64_t at_a_time = std::min(images.at_a_time(), grads.at_a_time());
-  const int64_t padded =
-      gathered ? g.channels_per_group() : whole_chunks(g.channels_per_group(), input);
-  const int64_t count = g.O * g.R * g.S * padded;
+  const int64_t channels =
+      copies == Copies::boxes ? whole_boxes(images.channels()) : images.channels();
+  const int64_t count = g.O * g.R * g.S * channels;
   const int64_t part_pixels = pixels_of_part(g, at_a_time * g.output_pixels(), count);
   const int64_t parts = ceil_div(at_a_time * g.output_pixels(), part_pixels);
   const at::Tensor sums = at::empty({parts, count}, grad_weight.options().dtype(at::kFloat));
+  for (int64_t n = 0; n < g.N; n += at_a_time) {
+    const int64_t some = std::min(at_a_time, g.N - n);
+    launch_grad_weight(
+        {g, images.read(n, some), grads.read(n, some), channels, part_pixels, n > 0, sums}, copies);
+  }
   with_dtype(input, [&](auto zero) {
     using scalar_t = decltype(zero);
-    for (int64_t n = 0; n < g.N; n += at_a_time) {
-      const int64_t some = std::min(at_a_time, g.N - n);
-      const TileImages memory = images.read(n, some), grad = grads.read(n, some);
-      const auto launch = [&](auto tiles) {
-        launch_grad_weight(tiles, tensor_core_conv2d<scalar_t>(g, memory), grad, part_pixels, n > 0,
-                           sums);
-      };
-      if constexpr (sizeof(scalar_t) == 2) {
-        if (g.outputs_per_group() > 64 && !gathered && asks_for_wgmma()) {
-          if (g.column_rows() > 64) {
-            launch(GradWeightTiles<scalar_t, 128, 128, false, GroupProducts>());
-          } else {
-            launch(GradWeightTiles<scalar_t, 128, 64, false, GroupProducts>());
-          }
-          continue;
-        }
-      }
-      if (gathered) {
-        launch(GradWeightTiles<scalar_t, 64, 64, true>());
-      } else if (g.outputs_per_group() > 64 && g.column_rows() > 64) {
-        launch(GradWeightTiles<scalar_t, 128, 128, false>());
-      } else {
-        launch(GradWeightTiles<scalar_t, 64, 64, false>());
-      }
-    }
     for_each(
         grad_weight.numel(),
-        AddParts<scalar_t>{count, parts, padded, Divider(g.channels_per_group()), Divider(g.S),
+        AddParts<scalar_t>{count, parts, channels, Divider(g.channels_per_group()), Divider(g.S),
                            Divider(g.R), grad_weight.stride(0), grad_weight.stride(1),
                            grad_weight.stride(2), grad_weight.stride(3),
                            sums.const_data_ptr<float>(), grad_weight.mutable_data_ptr<scalar_t>()});

@@ -1,6 +1,10 @@
 // A convolution as a product of tiles, whose column matrix exists in shared memory alone.
 #pragma once
 
+#include <type_traits>
+#include <variant>
+
+#include "cuda/boxes.h"
 #include "cuda/tensor_cores.cuh"
 
 namespace dlops::cuda {
@@ -14,19 +18,25 @@ struct OutputPlace {
 };
 
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
-// kOutputs. Neighbouring columns are copied by 16 bytes, where channels are neighbours in memory
-// and fill them; otherwise, in first layers, each is looked up among the taps and gathered.
-// Multiply is WarpProducts or GroupProducts.
-template <class scalar_t, int kPixels, int kOutputs, bool gathers,
+// kOutputs. Multiply is WarpProducts or GroupProducts, which alone read boxes: then conv.C counts
+// whole boxes of channels.
+template <class scalar_t, int kPixels, int kOutputs, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
 struct Conv2dTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
   using Products = Multiply<scalar_t, kPixels, kOutputs>;
   static constexpr int M = Products::M, N = Products::N;
+  static constexpr Copies kCopies = copies;
+  static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
   static constexpr int kStageBytes = (kPixels + kOutputs) * T::kRowBytes;
   static constexpr int kTapBytes = gathers ? kMostTaps * static_cast<int>(sizeof(Tap)) : 0;
-  static constexpr int kSharedBytes = T::kStages * kStageBytes + kTapBytes;
+  static constexpr int kSharedBytes =
+      T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : kTapBytes);
+
+  struct Boxes {
+    BoxMap pixels, weights;  // planes of weights are the kernel's cells
+  };
 
   TensorCoreConv2d<scalar_t> conv;
   const scalar_t* weight;  // (groups, O, weight_row)
@@ -34,6 +44,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   const scalar_t* bias;    // or null
   scalar_t* output;
   OutputPlace place;
+  std::conditional_t<by_boxes, Boxes, std::monostate> boxes;
 
   DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
   DLOPS_HOST_DEVICE int64_t count() const {
@@ -74,6 +85,18 @@ struct Conv2dTiles : Tile<scalar_t> {
                               weights + static_cast<int64_t>(o) * weight_row + k,
                               k < weight_row && o < outputs);
     }
+  }
+
+  // Stage `step`: the boxes of one kernel cell.
+  template <class Block>
+  DLOPS_DEVICE void copy_boxes(Block& block, uint64_t* barrier, unsigned char* tile,
+                               const OutputPixel& at, int first_output, int group, int step) const {
+    const int tap = step * kBoxChannels / conv.C, c = step * kBoxChannels - tap * conv.C;
+    block.copy_pixels(tile, boxes.pixels, barrier, group * conv.C + c, static_cast<int>(at.n),
+                      at.oh * conv.stride_h - conv.pad_top, at.ow * conv.stride_w - conv.pad_left,
+                      tap / conv.S * conv.dilation_h, tap % conv.S * conv.dilation_w);
+    block.copy_rows(tile + kPixels * T::kRowBytes, boxes.weights, barrier, c, tap,
+                    group * conv.O + first_output);
   }
 
   // The products of one stage that a warp has to add.
@@ -136,28 +159,17 @@ struct Conv2dTiles : Tile<scalar_t> {
     });
   }
 
-  template <class Block>
-  DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
-    // Tiles of the same pixels follow one another, so that these are read from memory once.
-    const int tiles = static_cast<int>(output_tiles());
-    const int64_t groups_and_pixels = divide(tile, tiles);
-    const int first_output = static_cast<int>(tile - groups_and_pixels * tiles) * kOutputs;
-    const int64_t pixel_tile = divide(groups_and_pixels, conv.groups);
-    const int group = static_cast<int>(groups_and_pixels - pixel_tile * conv.groups);
-    const int64_t first_pixel = pixel_tile * kPixels;
+  // All stages, but of boxes.
+  template <class Block, class F, class G>
+  DLOPS_DEVICE void copy_and_multiply(Block& block, unsigned char* shared, int64_t first_pixel,
+                                      int first_output, int group, const F& stage,
+                                      const G& multiply_stage) const {
     const scalar_t* weights =
         weight + (static_cast<int64_t>(group) * conv.O + first_output) * weight_row;
     const int steps = static_cast<int>(tiles_of(weight_row, T::kRow));
-    const auto stage = [&](int64_t step) {
-      return shared + static_cast<int>(step) % T::kStages * kStageBytes;
-    };
     Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
-
     typename Block::template PerThread<Windows> windows;
-    typename Block::template PerThread<typename Products::Fragments> fragments;
-    typename Block::template PerThread<typename Products::Sums> sums;
     block.threads([&](int thread) {
-      sums[thread] = {};
       for (int i = 0; i < kPixelRows; ++i)
         windows[thread].rows[i] = Window<scalar_t>(conv, first_pixel + thread / T::kChunks + i * 32,
                                                    conv.pixels(), group);
@@ -173,7 +185,40 @@ struct Conv2dTiles : Tile<scalar_t> {
                  static_cast<int>(step));
           });
         },
-        [&](int64_t step) { multiply(block, stage(step), fragments, sums); });
+        multiply_stage);
+  }
+
+  template <class Block>
+  DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
+    // Tiles of the same pixels follow one another, so that these are read from memory once.
+    const int tiles = static_cast<int>(output_tiles());
+    const int64_t groups_and_pixels = divide(tile, tiles);
+    const int first_output = static_cast<int>(tile - groups_and_pixels * tiles) * kOutputs;
+    const int64_t pixel_tile = divide(groups_and_pixels, conv.groups);
+    const int group = static_cast<int>(groups_and_pixels - pixel_tile * conv.groups);
+    const int64_t first_pixel = pixel_tile * kPixels;
+    const auto stage = [&](int64_t step) {
+      return shared + static_cast<int>(step) % T::kStages * kStageBytes;
+    };
+    typename Block::template PerThread<typename Products::Fragments> fragments;
+    typename Block::template PerThread<typename Products::Sums> sums;
+    block.threads([&](int thread) { sums[thread] = {}; });
+    const auto multiply_stage = [&](int64_t step) {
+      multiply(block, stage(step), fragments, sums);
+    };
+    if constexpr (by_boxes) {
+      const OutputPixel at(conv, first_pixel);
+      run_stages_of_boxes<T::kStages>(
+          block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes),
+          conv.column_rows() / kBoxChannels, kStageBytes,
+          [&](int64_t step, uint64_t* barrier) {
+            copy_boxes(block, barrier, stage(step), at, first_output, group,
+                       static_cast<int>(step));
+          },
+          multiply_stage);
+    } else {
+      copy_and_multiply(block, shared, first_pixel, first_output, group, stage, multiply_stage);
+    }
     block.threads(
         [&](int thread) { store(sums[thread], thread, first_pixel, first_output, group); });
   }

@@ -123,6 +123,11 @@ DLOPS_DEVICE void gather(unsigned char* chunk, const TensorCoreConv2d<scalar_t>&
   *reinterpret_cast<Chunk*>(chunk) = cells;
 }
 
+// How columns come to shared memory: by 16 bytes, where channels are neighbours and fill them;
+// looked up among the taps and gathered one by one, in first layers; or by boxes of 64 channels
+// (boxes.h), the TMA's.
+enum class Copies { chunks, gathered, boxes };
+
 // Bytes, threads and stages of every tile.
 template <class scalar_t>
 struct Tile {
@@ -130,6 +135,7 @@ struct Tile {
   static constexpr int kBlocks = 2;  // side by side, so that one computes while the other waits
   static constexpr int kRowBytes = 128, kChunks = kRowBytes / 16;  // of 16 bytes
   static constexpr int kStages = 3;
+  static constexpr int kBarrierBytes = kStages * 8;
   static constexpr int kChunk = 16 / sizeof(scalar_t);  // elements
   static constexpr int kRow = kChunks * kChunk;
 };
@@ -231,6 +237,37 @@ DLOPS_DEVICE void run_stages(Block& block, int64_t steps, const F& copy, const G
     }
   }
   if constexpr (Products::kByGroups) block.finish_products();
+}
+
+// The same of stages of boxes, `bytes` each: copy(step, barrier) is called in one thread. The
+// products of one stage are waited for while those of the next are worked out.
+template <int stages, class Block, class F, class G>
+DLOPS_DEVICE void run_stages_of_boxes(Block& block, uint64_t* barriers, int64_t steps, int bytes,
+                                      const F& copy, const G& multiply) {
+  const auto copy_stage = [&](int64_t step) {
+    if (step >= steps) return;
+    uint64_t* const barrier = barriers + step % stages;
+    block.expect(barrier, bytes);
+    copy(step, barrier);
+  };
+  block.one([&] { block.open_barriers(barriers, stages); });
+  block.sync();  // the barriers are there for all
+  block.one([&] {
+    for (int step = 0; step < stages; ++step) copy_stage(step);
+  });
+  for (int64_t step = 0; step < steps; ++step) {
+    block.wait_for_phase(barriers + step % stages, static_cast<int>(step / stages % 2));
+    block.open_products();
+    multiply(step);
+    block.close_products();
+    if (step == 0) continue;
+    block.template finish_products<1>();
+    block.sync();  // the stage before is no longer read
+    block.one([&] { copy_stage(step - 1 + stages); });
+  }
+  block.finish_products();
+  block.sync();  // nobody waits any more
+  block.one([&] { block.close_barriers(barriers, stages); });
 }
 
 }  // namespace dlops::cuda

@@ -78,15 +78,16 @@ __device__ __forceinline__ void open_wgmma() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
-// Ends a batch of products, and waits for all that were started.
+// Ends a batch of products; waits for all but the last `pending` batches.
 __device__ __forceinline__ void close_wgmma() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
+template <int pending>
 __device__ __forceinline__ void wait_for_wgmma() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 #endif
 }
 // Shows what the thread wrote to shared memory to the products that read it there.

@@ -12,7 +12,7 @@ from cases import LAYOUTS, FocalCase
 from checks import cast, values_and_gradients
 from problems import PROBLEMS, Problem, conv2d, focal_loss
 from test_focal_loss import VARIANTS
-from test_implicit_gemm import DEPTHWISE, TILES
+from test_implicit_gemm import BOXES, DEPTHWISE, TILES
 
 WANTED = ("3x3", "grouped", "tails", "1x1", "dilated", "ceil", "cells_over_256", "7x7_stride")
 ROWS = [FocalCase("", size) for size in ((7, 5), (7, 100), (3, 2500), (2, 5, 3, 4))]
@@ -42,6 +42,8 @@ def main() -> None:
     if torch.cuda.get_device_capability() == (9, 0):
         os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_wgmma"
         run(convolutions, torch.bfloat16)
+        os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_tma"
+        run([conv2d(case) for case in BOXES], torch.bfloat16)
     torch.cuda.synchronize()
     print("sanitize: done")
 

@@ -1,12 +1,13 @@
-"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm or implicit_gemm_wgmma:
-implicit GEMM on the tensor cores and depthwise kernels, exact on small integers wherever tiles end,
-and as near to the truth as native.
+"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma or
+implicit_gemm_tma: implicit GEMM on the tensor cores and depthwise kernels, exact on small integers
+wherever tiles end, and as near to the truth as native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from checks import (
     Inputs,
     cast,
     check_same_bits,
+    leaves,
     normal,
     small_integers,
     values_and_gradients,
@@ -31,6 +33,7 @@ from tolerances import TOLERANCES, assert_accurate, error
 from torch import Tensor
 
 import dlops.functional as F
+from dlops import _C
 
 DEVICE = os.environ.get("DLOPS_TEST_DEVICE", "cuda")
 if DEVICE == "cuda":
@@ -41,6 +44,7 @@ DTYPES = [*LOW_PRECISION, torch.float32]
 dtypes = parametrize("dtype", DTYPES, ids=ids)
 # The two of low precision share every line but an instruction, which the host has not.
 different = parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[::2], ids=ids)
+different_low = parametrize("dtype", LOW_PRECISION[: 2 if DEVICE == "cuda" else 1], ids=ids)
 
 # Images with enough pixels for large tiles; on the host few are enough (test_on_host.py).
 N, H, W = (3, 107, 106) if DEVICE == "cuda" else (1, 33, 32)
@@ -63,6 +67,21 @@ TILES = [
     Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), groups=3),
     Conv2dCase("too_many_taps_to_gather", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
     Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
+]
+# Whole boxes of 64 channels and their ends, several images, every reason for a box to be cut off,
+# the most that a box can reach and more.
+N, H, W = (4, 107, 106) if DEVICE == "cuda" else (3, 19, 18)
+BOXES = [
+    Conv2dCase("boxes", (N, 64, H, W), (144, 64, 3, 3), padding=1),
+    Conv2dCase("filled_up_boxes", (N, 100, 3 * H, 2 * W), (50, 100, 3, 2), padding=(0, 1)),
+    Conv2dCase("boxes_of_groups", (N, 128, H, W), (256, 64, 2, 3), padding=1, groups=2),
+    Conv2dCase("boxes_without_window", (N, 56, H, W), (136, 56, 1, 1)),
+    Conv2dCase("wide_boxes", (N, 48, 2 * H, 3 * W), (128, 48, 3, 4), (2, 3), (2, 1), (2, 1)),
+    Conv2dCase("boxes_past_kernel", (N, 64, 2 * H, 2 * W), (128, 64, 1, 1), stride=2),
+    Conv2dCase(
+        "far_boxes", (3 * N, 48, 6, 151), (128, 48, 1, 3), padding=(0, 60), dilation=(1, 64)
+    ),
+    Conv2dCase("too_far_for_boxes", (N, 64, H, 300), (128, 64, 1, 3), (1, 2), dilation=(1, 128)),
 ]
 # Without products: vectors of channels, four planes at a time and what is left of them.
 DEPTHWISE = [
@@ -114,20 +133,32 @@ def test_exact_on_small_integers(case: Conv2dCase, layout: str, dtype: torch.dty
     check_rounded_once(problem, [LAYOUTS[layout](image), *others], dtype)
 
 
-def ask_for_wgmma(monkeypatch: pytest.MonkeyPatch) -> None:
+def ask_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a device of compute capability 9.0")
-    monkeypatch.setenv("DLOPS_CUDA_CONV2D", "implicit_gemm_wgmma")
+    monkeypatch.setenv("DLOPS_CUDA_CONV2D", f"implicit_gemm_{way}")
+
+
+def id_of(value: Any) -> str | None:
+    return value.id if isinstance(value, Conv2dCase) else None
+
+
+# The two ways differ in the cases that boxes serve.
+hopper = parametrize(
+    "way, case",
+    [*(("wgmma", case) for case in TILES), *(("tma", case) for case in BOXES)],
+    ids=id_of,
+)
 
 
 @pytest.mark.exact
-@parametrize("dtype", LOW_PRECISION, ids=ids)
+@different_low
 @parametrize("layout", ["contiguous", "channels_last"])
-@parametrize("case", TILES, ids=ids)
-def test_wgmma_is_exact_on_small_integers(
-    case: Conv2dCase, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@hopper
+def test_hopper_is_exact_on_small_integers(
+    way: str, case: Conv2dCase, layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_for_wgmma(monkeypatch)
+    ask_for(way, monkeypatch)
     test_exact_on_small_integers(case, layout, dtype)
 
 
@@ -155,12 +186,12 @@ def test_as_near_to_the_truth_as_native(case: Conv2dCase, dtype: torch.dtype) ->
 
 
 @pytest.mark.native
-@parametrize("dtype", LOW_PRECISION, ids=ids)
-@parametrize("case", TILES, ids=ids)
-def test_wgmma_is_as_near_to_the_truth_as_native(
-    case: Conv2dCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@different_low
+@hopper
+def test_hopper_is_as_near_to_the_truth_as_native(
+    way: str, case: Conv2dCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_for_wgmma(monkeypatch)
+    ask_for(way, monkeypatch)
     test_as_near_to_the_truth_as_native(case, dtype)
 
 
@@ -211,12 +242,13 @@ def test_same_bits_on_every_run(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.determinism
-@parametrize("dtype", LOW_PRECISION, ids=ids)
-def test_wgmma_gives_the_same_bits_on_every_run(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@different_low
+@parametrize("way, case", [("wgmma", TILES[2]), ("tma", BOXES[0])], ids=id_of)
+def test_hopper_gives_the_same_bits_on_every_run(
+    way: str, case: Conv2dCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_for_wgmma(monkeypatch)
-    problem = conv2d(next(case for case in TILES if case.id == "large_tiles"))
+    ask_for(way, monkeypatch)
+    problem = conv2d(case)
     inputs = on_device(cast(problem.inputs, dtype))
     check_same_bits([values_and_gradients(problem.ours, inputs) for _ in range(3)])
 
@@ -237,7 +269,7 @@ def test_all_digits_where_they_are_asked_for(case: Conv2dCase, dtype: torch.dtyp
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLOPS_CUDA_CONV2D", "fastest")
     x = torch.ones(1, 1, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm_wgmma, got fastest"):
+    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm_tma, got fastest"):
         F.conv2d(x, x)
 
 
@@ -259,12 +291,48 @@ def test_it_is_the_tensor_cores_that_multiply(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.native
 @pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
-def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask_for_wgmma(monkeypatch)
-    problem = conv2d(next(case for case in TILES if case.id == "large_tiles"))
+@parametrize(
+    "way, case, mark",
+    [
+        ("wgmma", TILES[2], "GroupProducts"),
+        ("tma", BOXES[0], "Copies)2"),
+    ],
+    ids=id_of,
+)
+def test_it_is_hopper_that_multiplies(
+    way: str, case: Conv2dCase, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask_for(way, monkeypatch)
+    problem = conv2d(case)
     inputs = on_device(cast(problem.inputs, torch.bfloat16))
     with torch.profiler.profile() as profile:
         values_and_gradients(problem.ours, inputs)
-    kernels = [event.key for event in profile.key_averages() if "GroupProducts" in event.key]
+    kernels = [event.key for event in profile.key_averages() if mark in event.key]
     assert any("Conv2dTiles" in kernel for kernel in kernels)
     assert any("GradWeightTiles" in kernel for kernel in kernels)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(DEVICE == "cuda", reason="asks the block that the host plays")
+@parametrize("case", BOXES, ids=ids)
+def test_it_is_boxes_that_come(case: Conv2dCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_for("tma", monkeypatch)
+    count = ctypes.c_int64.in_dll(ctypes.CDLL(_C.__file__), "dlops_boxes_of_pixels")
+    problem = conv2d(case)
+    x, weight, *rest = cast(problem.inputs, torch.bfloat16)
+    x = LAYOUTS["channels_last"](x)  # else few images are copied at a time
+    count.value = 0
+    output = problem.ours(x, weight, *rest)
+    came = [count.value]
+    for inputs in ([*leaves([x]), weight, *rest], [x, *leaves([weight]), *rest]):
+        output = problem.ours(*inputs)
+        count.value = 0
+        output.backward(torch.ones_like(output))
+        came.append(count.value)
+    # Forward, the gradient of the input, that of the weight (64 outputs and fewer: no boxes).
+    expected = {
+        "filled_up_boxes": [True, True, False],
+        "boxes_without_window": [True, False, True],
+        "too_far_for_boxes": [False, True, False],
+    }
+    assert [number > 0 for number in came] == expected.get(case.id, [True, True, True])

@@ -9,15 +9,35 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
+#include "cuda/boxes.h"
+
 namespace dlops::cuda {
+
+// What a box is cut from: one of the two, and the numbers of a row that lie together in memory.
+struct BoxMap {
+  BoxesOfRows rows;
+  BoxesOfPixels pixels;
+};
+// How many boxes of pixels have come: for tests.
+extern "C" {
+inline int64_t dlops_boxes_of_pixels = 0;
+}
+
+inline BoxMap map_rows(const BoxesOfRows& boxes, bool) { return {boxes, {}}; }
+inline BoxMap map_pixels(const BoxesOfPixels& boxes, bool) { return {{}, boxes}; }
 
 class Block {
  public:
   static constexpr int kThreads = 256;
+
+  // `seed` decides what comes late.
+  explicit Block(int64_t seed) : random_(static_cast<uint32_t>(seed) * 2654435761) {}
 
   template <class T>
   class PerThread {
@@ -106,8 +126,8 @@ class Block {
           sums(warp * 32 + lane)[i] += a[lane / 4 + i / 2 * 8][k] * b[lane % 4 * 2 + i % 2][k];
   }
 
-  // Some products are worked out at once, the others no sooner than someone waits for them, from
-  // what is in memory by then.
+  // The products of some stages are worked out at once, the others no sooner than someone waits for
+  // them, from what is in memory by then.
   template <class scalar_t, int columns, bool transposed, class C>
   void start_product(int group, const C& sums, const unsigned char* a, const unsigned char* b,
                      int leading) {
@@ -124,23 +144,125 @@ class Block {
                    static_cast<float>(shared_element<scalar_t, transposed>(b, column, k, leading));
         }
     };
-    random_ = random_ * 1664525 + 1013904223;
-    if (random_ >> 31 != 0) {
+    if (late_) {
+      products_.push_back(product);
+    } else {
       finish_products();  // in their order
       product();
-    } else {
-      products_.push_back(product);
     }
   }
-  void open_products() const {}
-  void close_products() const {}
+  void open_products() {
+    random_ = random_ * 1664525 + 1013904223;
+    late_ = random_ >> 31 != 0;
+  }
+  void close_products() {
+    batches_of_products_.push_back(products_);
+    products_.clear();
+  }
+  template <int pending = 0>
   void finish_products() {
+    while (batches_of_products_.size() > pending) {
+      for (const auto& product : batches_of_products_.front()) product();
+      batches_of_products_.erase(batches_of_products_.begin());
+    }
+    if (pending > 0) return;
     for (const auto& product : products_) product();
     products_.clear();
   }
   void publish() const {}
 
+  template <class F>
+  void one(const F& f) const {
+    f();
+  }
+  void open_barriers(uint64_t* barriers, int count) {
+    for (int i = 0; i < count; ++i)
+      if (!barriers_.try_emplace(barriers + i).second) throw std::logic_error("an open barrier");
+  }
+  void close_barriers(uint64_t* barriers, int count) {
+    for (int i = 0; i < count; ++i) {
+      if (barriers_.at(barriers + i).phase_is_open)
+        throw std::logic_error("bytes on their way to a closed barrier");
+      barriers_.erase(barriers + i);
+    }
+  }
+  void expect(uint64_t* barrier, int bytes) {
+    Barrier& state = barriers_.at(barrier);
+    if (state.phase_is_open) throw std::logic_error("a phase within a phase");
+    state.phase_is_open = true;
+    state.missing = bytes;
+  }
+  // Boxes come like copies: some at once, the others when someone waits for them.
+  void copy_rows(unsigned char* shared, const BoxMap& map, uint64_t* barrier, int c, int plane,
+                 int row) {
+    const BoxesOfRows& boxes = map.rows;
+    copy_box(shared, barrier, c, boxes.columns, boxes.box_rows, [&](int i) -> const uint16_t* {
+      if (row < 0 || row + i >= boxes.rows || plane < 0 || plane >= boxes.planes) return nullptr;
+      return static_cast<const uint16_t*>(boxes.start) + plane * boxes.plane +
+             (row + i) * boxes.row;
+    });
+  }
+  // The im2col mode: the first cell of each window walks through the image from -pad on, by
+  // strides, and wherever it passes the last window of a row or an image it begins the next one.
+  void copy_pixels(unsigned char* shared, const BoxMap& map, uint64_t* barrier, int c, int n, int h,
+                   int w, int dh, int dw) {
+    const BoxesOfPixels& boxes = map.pixels;
+    ++dlops_boxes_of_pixels;
+    const int64_t last_h = boxes.H - 1 + boxes.below(), last_w = boxes.W - 1 + boxes.right();
+    int64_t image = n, row = h, column = w;
+    copy_box(shared, barrier, c, boxes.C, boxes.box_pixels, [&](int) -> const uint16_t* {
+      const int64_t r = row + dh, s = column + dw;
+      const bool inside = image < boxes.N && r >= 0 && r < boxes.H && s >= 0 && s < boxes.W;
+      const uint16_t* const from = static_cast<const uint16_t*>(boxes.start) +
+                                   ((image * boxes.H + r) * boxes.W + s) * boxes.pixel;
+      column += boxes.stride_w;
+      if (column > last_w) {
+        column = -boxes.pad_left;
+        row += boxes.stride_h;
+      }
+      if (row > last_h) {
+        row = -boxes.pad_top;
+        ++image;
+      }
+      return inside ? from : nullptr;
+    });
+  }
+  // As the device does, returns at once if the last phase that ended has this parity; it would wait
+  // for ever where bytes are missing.
+  void wait_for_phase(uint64_t* barrier, int parity) {
+    Barrier& state = barriers_.at(barrier);
+    if (state.phases % 2 != parity) return;
+    if (!state.phase_is_open || state.missing != 0) throw std::logic_error("waits for ever");
+    for (const Copy& copy : state.copies) copy.arrive();
+    state.copies.clear();
+    state.phase_is_open = false;
+    ++state.phases;
+  }
+
  private:
+  template <class F>
+  void copy_box(unsigned char* shared, uint64_t* barrier, int c, int64_t columns, int rows,
+                const F& row_at) {
+    Barrier& state = barriers_.at(barrier);
+    if (reinterpret_cast<uintptr_t>(shared) % 1024 != 0) throw std::logic_error("alignment");
+    for (int i = 0; i < rows; ++i) {
+      const uint16_t* const row = row_at(i);
+      for (int chunk = 0; chunk < 8; ++chunk) {
+        Copy copy{shared + i * 128 + (chunk ^ (i & 7)) * 16, 16, {}};
+        for (int64_t j = 0; j < 8; ++j)
+          if (const int64_t at = c + chunk * 8 + j; row != nullptr && at >= 0 && at < columns)
+            std::memcpy(copy.data.data() + j * 2, row + at, 2);
+        random_ = random_ * 1664525 + 1013904223;
+        if (random_ >> 31 != 0) {
+          copy.arrive();
+        } else {
+          state.copies.push_back(copy);
+        }
+      }
+    }
+    state.missing -= rows * 128;
+  }
+
   // The manual's canonical layouts with the swizzle of 128 bytes: 8 rows of 128 bytes lie together,
   // and bits 4 to 6 of an address are changed by bits 7 to 9.
   template <class scalar_t, bool transposed>
@@ -175,8 +297,16 @@ class Block {
 
   std::vector<Copy> open_;
   std::vector<std::vector<Copy>> batches_;
-  std::vector<std::function<void()>> products_;
-  uint32_t random_ = 1;
+  std::vector<std::function<void()>> products_;  // of the open batch
+  std::vector<std::vector<std::function<void()>>> batches_of_products_;
+  struct Barrier {
+    int phases = 0, missing = 0;  // phases that have ended; bytes of the one that is open
+    bool phase_is_open = false;
+    std::vector<Copy> copies;
+  };
+  std::map<uint64_t*, Barrier> barriers_;
+  bool late_ = false;
+  uint32_t random_;
 };
 
 template <class Tiles>
@@ -188,7 +318,7 @@ void for_each_tile(const Tiles& tiles) {
     void* shared = memory.data();
     size_t space = memory.size();
     std::align(1024, Tiles::kSharedBytes, shared, space);
-    Block block;
+    Block block(tile);
     tiles(block, static_cast<unsigned char*>(shared), tile);
   }
 }
