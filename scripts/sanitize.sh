@@ -4,7 +4,7 @@
 #   scripts/sanitize.sh [python [address | thread ...]]
 #
 # address   AddressSanitizer and UndefinedBehaviorSanitizer, on every CPU capability that the
-#           machine has
+#           machine has, and with AMX as tests/tiles plays it
 # thread    ThreadSanitizer, with at::parallel_for made of threads that it can follow, on the
 #           widest capability alone: threads are shared out alike on all
 #
@@ -69,7 +69,8 @@ ops=(tests/test_conv2d.py tests/test_unfold.py tests/test_max_pool2d.py tests/te
 address() {
   # Null pointers and the ends of objects AddressSanitizer finds as well, at less cost.
   build address \
-    "-fsanitize=address,undefined -fno-sanitize=vptr,null,object-size -fno-sanitize-recover=all"
+    "-fsanitize=address,undefined -fno-sanitize=vptr,null,object-size -fno-sanitize-recover=all \
+     -DDLOPS_PLAYED_TILES -I$root/tests/tiles"
   must_be_found address heap-buffer-overflow "$python" tests/sanitize/faults.py overflow
   must_be_found address "runtime error" "$python" tests/sanitize/faults.py misaligned
   local capability runs=()
@@ -77,11 +78,16 @@ address() {
     grep -qw "${capability/avx512/avx512vl}" /proc/cpuinfo || [ "$capability" = default ] || continue
     runs+=("address_$capability")
   done
-  side_by_side address_others "${runs[@]}"
+  side_by_side address_others address_tiles "${runs[@]}"
 }
 address_default() { ATEN_CPU_CAPABILITY=default pytest address "${ops[@]}"; }
 address_avx2() { ATEN_CPU_CAPABILITY=avx2 pytest address "${ops[@]}"; }
 address_avx512() { ATEN_CPU_CAPABILITY=avx512 pytest address "${ops[@]}"; }
+address_tiles() {
+  export DLOPS_CPU_AMX=1
+  pytest address tests/test_precision.py
+  pytest address tests/test_conv2d.py -k "bfloat16 and (exact or layout or native or rounded)"
+}
 address_others() { pytest address tests/test_invalid.py tests/fuzz; }
 
 thread() {

@@ -2,6 +2,7 @@
 //   conv2d_strips.h        products that read channels_last pixels where they are: floating-point
 //                          types
 //   conv2d_pairs_weight.h  the weight's gradient from bfloat16 images
+//   conv2d_parts.h         float32 by sums of bfloat16 products
 //   conv2d_rows.h          contiguous images of few channels: forward, and the weight's gradient
 //   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
 //                          contiguous images, integers and complex numbers; its forward,
@@ -28,6 +29,7 @@
 #include "cpu/conv2d_few_pixels.h"
 #include "cpu/conv2d_pairs_weight.h"
 #include "cpu/conv2d_panels.h"
+#include "cpu/conv2d_parts.h"
 #include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_rows.h"
 #include "cpu/conv2d_strips.h"
@@ -211,6 +213,11 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
+  if (takes_parts(input.scalar_type(), g.channels_per_group()) &&
+      takes_strips(g, at::kBFloat16, computed) &&
+      strips_forward_by_parts(g, dense, weight, sum_bias, result, computed)) {
+    return result.contiguous(format);
+  }
   if (computed == at::MemoryFormat::Contiguous && takes_rows(g, input.scalar_type())) {
     rows_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
@@ -314,6 +321,11 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   const at::Tensor dense = grad_output.contiguous(computed);
   if (computed == at::MemoryFormat::Contiguous && takes_planes(g, grad_output.scalar_type()) &&
       planes_grad_input(g, dense, dense_weight(weight), result)) {
+    return result.contiguous(format);
+  }
+  if (takes_parts(grad_output.scalar_type(), g.outputs_per_group()) &&
+      takes_strips(g, at::kBFloat16, computed) &&
+      strips_grad_input_by_parts(g, dense, weight, result, computed)) {
     return result.contiguous(format);
   }
   // A few channels alone are too few columns of a product.
@@ -432,6 +444,9 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     planes_grad_weight(g, dense_grad, dense_input, plain);
     return result.copy_(plain);
   }
+  if (computed == format && takes_parts(input.scalar_type(), g.channels_per_group()) &&
+      parts_grad_weight(g, dense_grad, dense_input, result, format))
+    return result;
   if (computed == format && few_pixels_grad_weight(g, dense_grad, dense_input, result, format))
     return result;
   if (computed == at::MemoryFormat::Contiguous && takes_rows_grad_weight(g, input.scalar_type())) {

@@ -36,8 +36,9 @@ class PairSums : public WeightTasks {
 
   // Adds up the chunks in their order and turns the sums round to [output][channel][cell], or
   // channels_last [output][cell][channel].
-  void finish(c10::BFloat16* result, bool last) const {
-    const auto flip = DLOPS_SIMD(transpose, float, c10::BFloat16);
+  template <class result_t>
+  void finish(result_t* result, bool last) const {
+    const auto flip = DLOPS_SIMD(transpose, float, result_t);
     constexpr int64_t kOutputs = 32, kRows = 288;  // of a tile that stays in the first-level cache
     const int64_t all = g_.R * g_.S, channels = g_.channels_per_group(), size = all * channels;
     const int64_t height = std::min(channels, std::max<int64_t>(1, kRows / all));
@@ -52,7 +53,7 @@ class PairSums : public WeightTasks {
                          const int64_t width = std::min(kOutputs, ld() - o);
                          const int64_t count = std::min(height, channels - c);
                          add_chunks(group, {c, c + count}, {o, o + width}, last, tile);
-                         c10::BFloat16* to = result + (group * ld() + o) * size;
+                         result_t* to = result + (group * ld() + o) * size;
                          if (last) {
                            for (int64_t cell = 0; cell < all; ++cell)
                              flip(tile + cell * count * width, width, count, width,

@@ -68,7 +68,8 @@ class PlanesByPairs {
         input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last},
         sums_(g, cut_.units) {}
 
-  bool run(BFloat16* result, bool last) {
+  template <class result_t>
+  bool run(result_t* result, bool last) {
     std::atomic<bool> finite = true;
     sums_.fill([&](const auto& each) {
       Scratch scratch(
@@ -287,7 +288,8 @@ class ImagesByPairs {
         input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last},
         sums_(g, ceil_div(g.N, images)) {}
 
-  void run(BFloat16* result, bool last) {
+  template <class result_t>
+  void run(result_t* result, bool last) {
     sums_.fill([&](const auto& each) {
       Scratch scratch(Scratch::size<BFloat16>(input_size()) +
                       Scratch::size<BFloat16>(pairs_size()) +
@@ -411,12 +413,15 @@ bool pairs_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                        const at::Tensor& input, const at::Tensor& grad_weight,
                        at::MemoryFormat format) {
   const bool last = format == at::MemoryFormat::ChannelsLast;
-  BFloat16* result = grad_weight.mutable_data_ptr<BFloat16>();
-  if (const int64_t images = many_images(g); images > 0) {
-    ImagesByPairs(g, grad_output, input, last, images).run(result, last);
-    return true;
-  }
-  return PlanesByPairs(g, grad_output, input, last).run(result, last);
+  const auto run = [&](auto* result) {
+    if (const int64_t images = many_images(g); images > 0) {
+      ImagesByPairs(g, grad_output, input, last, images).run(result, last);
+      return true;
+    }
+    return PlanesByPairs(g, grad_output, input, last).run(result, last);
+  };
+  return grad_weight.scalar_type() == at::kFloat ? run(grad_weight.mutable_data_ptr<float>())
+                                                 : run(grad_weight.mutable_data_ptr<BFloat16>());
 }
 
 }  // namespace dlops::cpu

@@ -17,9 +17,9 @@ namespace dlops::cpu {
 // Whether this kernel takes a convolution of this type.
 bool takes_pairs(const Conv2dGeometry& g, at::ScalarType dtype);
 
-// All are dense in the given memory format. False, and nothing done, where a number is not finite:
-// it would be multiplied with zeros that stand beside the images, which gives NaN where there is no
-// product.
+// All are dense in the given memory format; grad_weight may be float32. False, and nothing done,
+// where a number is not finite: it would be multiplied with zeros that stand beside the images,
+// which gives NaN where there is no product.
 bool pairs_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                        const at::Tensor& input, const at::Tensor& grad_weight,
                        at::MemoryFormat format);

@@ -5,12 +5,14 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "cpu/conv2d_correlation.h"
 #include "cpu/conv2d_packed_weights.h"
+#include "cpu/conv2d_parts.h"
 #include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/grain.h"
@@ -129,12 +131,16 @@ bool writes_all(const Phase& phase) {
   return column == phase.cols.outputs && std::all_of(all.begin(), all.end(), met);
 }
 
+// float32 numbers as operands in bfloat16 are split in parts (conv2d_parts.h): then the correlation
+// has three channels for each of the source's, and the weight is split already.
 template <class scalar_t, class operand_t>
 class Strips {
   using sum_t = at::opmath_type<scalar_t>;
   // Whether products take the source as it is, and leave the result as it is.
   static constexpr bool kTakes = std::is_same_v<scalar_t, operand_t>;
   static constexpr bool kLeaves = std::is_same_v<scalar_t, sum_t>;
+  static constexpr bool kSplits = !kTakes && std::is_same_v<operand_t, at::BFloat16>;
+  using weight_t = std::conditional_t<kSplits, operand_t, scalar_t>;
 
  public:
   Strips(Correlation& k, const ImageView<scalar_t>& source, const at::Tensor& weight,
@@ -150,31 +156,35 @@ class Strips {
       unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1], k_.pad);
   }
 
-  void run() {
+  // False, and the result is not worked out, where a number of the source cannot be split.
+  bool run() {
     const int64_t images = ceil_div(k_.images, cut_.images), strips = ceil_div(k_.H_out, cut_.rows);
     const int64_t splits = ceil_div(k_.blocks(), cut_.blocks);
     const int64_t work = cut_.images * cut_.rows * k_.W_out * k_.taps * k_.in_channels;
-    at::parallel_for(0, k_.groups * images * strips * splits, grain(work),
-                     [&](int64_t begin, int64_t end) {
-                       Scratch scratch(Scratch::size<operand_t>(source_size()) +
-                                       Scratch::size<operand_t>(space_size()) +
-                                       Scratch::size<sum_t>(result_size()));
-                       operand_t* source = scratch.take<operand_t>(source_size());
-                       operand_t* space = scratch.take<operand_t>(space_size());
-                       sum_t* result = scratch.take<sum_t>(result_size());
-                       for (int64_t task = begin; task < end; ++task) {
-                         const int64_t split = task % splits, strip = task / splits % strips;
-                         const int64_t image = task / splits / strips % images;
-                         const int64_t first = image * cut_.images, row = strip * cut_.rows;
-                         Task t{task / splits / strips / images,
-                                {first, std::min(k_.images, first + cut_.images)},
-                                {row, std::min(k_.H_out, row + cut_.rows)}};
-                         load(t, source, space);
-                         for (int64_t block = split * cut_.blocks;
-                              block < std::min(k_.blocks(), (split + 1) * cut_.blocks); ++block)
-                           compute(t, block, result);
-                       }
-                     });
+    at::parallel_for(
+        0, k_.groups * images * strips * splits, grain(work), [&](int64_t begin, int64_t end) {
+          Scratch scratch(
+              Scratch::size<operand_t>(source_size()) + Scratch::size<operand_t>(space_size()) +
+              Scratch::size<scalar_t>(whole_size()) + Scratch::size<sum_t>(result_size()));
+          operand_t* source = scratch.take<operand_t>(source_size());
+          operand_t* space = scratch.take<operand_t>(space_size());
+          scalar_t* whole = scratch.take<scalar_t>(whole_size());
+          sum_t* result = scratch.take<sum_t>(result_size());
+          for (int64_t task = begin; task < end; ++task) {
+            const int64_t split = task % splits, strip = task / splits % strips;
+            const int64_t image = task / splits / strips % images;
+            const int64_t first = image * cut_.images, row = strip * cut_.rows;
+            Task t{task / splits / strips / images,
+                   {first, std::min(k_.images, first + cut_.images)},
+                   {row, std::min(k_.H_out, row + cut_.rows)}};
+            if (!load(t, source, space, whole)) can_split_ = false;
+            if (!can_split_) return;
+            for (int64_t block = split * cut_.blocks;
+                 block < std::min(k_.blocks(), (split + 1) * cut_.blocks); ++block)
+              compute(t, block, result);
+          }
+        });
+    return can_split_;
   }
 
  private:
@@ -199,11 +209,19 @@ class Strips {
   int64_t source_size() const {
     if (reads_in_place()) return 0;
     if (unfolder_) return cut_.images * unfolder_->size(cut_.rows);
+    return cut_.images * most_rows() * k_.W_in * k_.depth();
+  }
+  // Rows of the source that a strip meets at most.
+  int64_t most_rows() const {
     int64_t rows = 0;
     for (int64_t row = 0; row < k_.H_out; row += cut_.rows)
       rows = std::max(rows, length(source_interval({row, std::min(k_.H_out, row + cut_.rows)})));
-    return cut_.images * rows * k_.W_in * k_.depth();
+    return rows;
   }
+  // The source's own channels in a group.
+  int64_t channels() const { return kSplits ? k_.in_channels / kParts : k_.in_channels; }
+  // A strip of an image before it is split.
+  int64_t whole_size() const { return kSplits ? most_rows() * k_.W_in * channels() : 0; }
   int64_t space_size() const { return unfolder_ ? unfolder_->space_size(cut_.rows) : 0; }
   int64_t result_size() const {
     return writes_in_place() ? 0 : cut_.images * cut_.rows * k_.W_out * k_.block();
@@ -232,29 +250,34 @@ class Strips {
     return {std::min(result.begin, result.end), result.end};
   }
 
-  // Reads the images where they are, or makes a channels_last copy of the strip.
-  void load(Task& task, operand_t* to, operand_t* space) const {
+  // Reads the images where they are, or makes a channels_last copy of the strip. False where it
+  // cannot be split.
+  bool load(Task& task, operand_t* to, operand_t* space, scalar_t* whole) const {
     const Interval rows = source_interval(task.rows);
-    const int64_t c0 = task.group * k_.in_channels;
+    const int64_t c0 = task.group * channels();
     task.source_row = rows.begin;
     if constexpr (kTakes) {
       if (reads_in_place()) {
         const int64_t row = source_.W * source_.channels;
         task.source = source_.at(task.images.begin, c0, rows.begin, 0);
         task.strides = {source_.H * row, row, source_.channels};
-        return;
+        return true;
       }
     }
     const int64_t row = k_.W_in * k_.depth();
     task.source = to;
     task.strides = {length(rows) * row, row, k_.depth()};
     for (int64_t n = task.images.begin; n < task.images.end; ++n, to += task.strides.image) {
-      if (unfolder_) {
+      if constexpr (kSplits) {
+        fill_strip(source_, n, {c0, c0 + channels()}, rows, {0, k_.W_in}, whole);
+        if (!split_pixels(whole, length(rows) * k_.W_in, channels(), to)) return false;
+      } else if (unfolder_) {
         unfolder_->fill(n, c0, rows, space, to);
       } else {
-        fill_strip(source_, n, {c0, c0 + k_.in_channels}, rows, {0, k_.W_in}, to);
+        fill_strip(source_, n, {c0, c0 + channels()}, rows, {0, k_.W_in}, to);
       }
     }
+    return true;
   }
 
   void compute(const Task& task, int64_t block, sum_t* space) const {
@@ -352,32 +375,48 @@ class Strips {
 
   const Correlation& k_;
   const ImageView<scalar_t> source_;
-  const PackedWeights<scalar_t, operand_t> weights_;
+  const PackedWeights<weight_t, operand_t> weights_;
   const sum_t* bias_;
   scalar_t* result_;
   const Cut cut_;
   const bool fresh_;
-  std::optional<Unfolder<scalar_t, operand_t>> unfolder_;
+  std::optional<Unfolder<scalar_t, std::conditional_t<kSplits, scalar_t, operand_t>>> unfolder_;
+  std::atomic<bool> can_split_ = true;
 };
+
+template <class scalar_t>
+ImageView<scalar_t> view(const at::Tensor& images, at::MemoryFormat format) {
+  return {images.const_data_ptr<scalar_t>(), images.size(1), images.size(2), images.size(3),
+          format == at::MemoryFormat::ChannelsLast};
+}
 
 void correlate(Correlation k, const at::Tensor& source, const at::Tensor& weight,
                const at::Tensor& bias, const at::Tensor& result, at::MemoryFormat format) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, source.scalar_type(), "conv2d", [&] {
     using sum_t = at::opmath_type<scalar_t>;
-    const ImageView<scalar_t> images{source.const_data_ptr<scalar_t>(), source.size(1),
-                                     source.size(2), source.size(3),
-                                     format == at::MemoryFormat::ChannelsLast};
+    const ImageView<scalar_t> images = view<scalar_t>(source, format);
     const sum_t* sum_bias = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
     scalar_t* data = result.mutable_data_ptr<scalar_t>();
     if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
       const bool even = k.in_channels % 2 == 0;
       if (multiplies_bfloat16() && (even || !k.unfolded.empty())) {
         k.pad = even ? 0 : k.weight_rows() % 2;
-        return Strips<scalar_t, scalar_t>(k, images, weight, sum_bias, data).run();
+        Strips<scalar_t, scalar_t>(k, images, weight, sum_bias, data).run();
+        return;
       }
     }
     Strips<scalar_t, sum_t>(k, images, weight, sum_bias, data).run();
   });
+}
+
+// The same of float32 in parts. `parts`: of the weight.
+bool correlate_parts(Correlation k, const at::Tensor& source, const at::Tensor& parts,
+                     const at::Tensor& bias, const at::Tensor& result, at::MemoryFormat format) {
+  k.in_channels *= kParts;
+  return Strips<float, at::BFloat16>(k, view<float>(source, format), parts,
+                                     bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                                     result.mutable_data_ptr<float>())
+      .run();
 }
 
 }  // namespace
@@ -404,6 +443,22 @@ void strips_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::
   const bool in_place = format == at::MemoryFormat::ChannelsLast &&
                         at::toOpMathType(input.scalar_type()) == input.scalar_type();
   correlate(forward_correlation(g, !in_place), input, weight, bias, output, format);
+}
+
+bool strips_forward_by_parts(const Conv2dGeometry& g, const at::Tensor& input,
+                             const at::Tensor& weight, const at::Tensor& bias,
+                             const at::Tensor& output, at::MemoryFormat format) {
+  const at::Tensor parts = weight_parts(weight, 1, 1);
+  return parts.defined() && correlate_parts(forward_correlation(g, /*copied=*/false), input, parts,
+                                            bias, output, format);
+}
+
+bool strips_grad_input_by_parts(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                                const at::Tensor& weight, const at::Tensor& grad_input,
+                                at::MemoryFormat format) {
+  const at::Tensor parts = weight_parts(weight, 0, g.groups);
+  return parts.defined() &&
+         correlate_parts(backward_correlation(g), grad_output, parts, {}, grad_input, format);
 }
 
 void strips_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,

@@ -26,6 +26,14 @@ void strips_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::
 void strips_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                        const at::Tensor& weight, const at::Tensor& grad_input,
                        at::MemoryFormat format);
+// The same of float32 by sums of bfloat16 products (conv2d_parts.h). False, and nothing is worked
+// out, where a number cannot be split.
+bool strips_forward_by_parts(const Conv2dGeometry& g, const at::Tensor& input,
+                             const at::Tensor& weight, const at::Tensor& bias,
+                             const at::Tensor& output, at::MemoryFormat format);
+bool strips_grad_input_by_parts(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                                const at::Tensor& weight, const at::Tensor& grad_input,
+                                at::MemoryFormat format);
 void strips_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                         const at::Tensor& input, const at::Tensor& grad_weight,
                         at::MemoryFormat format);

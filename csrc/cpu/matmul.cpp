@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cpu/capability.h"
+#include "cpu/matmul_tiles.h"
 #include "cpu/simd/matmul.h"
 
 namespace dlops::cpu {
@@ -46,6 +47,7 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
 }
 
 bool multiplies_bfloat16() {
+  if (takes_tiles()) return true;
 #if defined(__x86_64__)
   static const bool has_instructions = __builtin_cpu_supports("avx512bf16");
   return has_instructions && capability() == kAvx512;
@@ -61,6 +63,9 @@ void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factor
     DLOPS_SIMD(matmul_in_order, T)
     (m, n, k, factors, count, strides, c, ldc, before, nullptr);
   } else {
+    if (takes_tiles()) {
+      return matmul_of_tiles(m, n, k, factors, count, strides, c, ldc, before);
+    }
 #if defined(__x86_64__) && (!defined(DLOPS_ONLY_CAPABILITY) || DLOPS_ONLY_CAPABILITY == 2)
     matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before);
 #else

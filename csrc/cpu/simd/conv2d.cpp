@@ -7,6 +7,7 @@
 #include <c10/util/complex.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <memory>
 #include <type_traits>
@@ -407,6 +408,23 @@ T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t pad, i
   return to;
 }
 
+template <int capability>
+bool split_row(const float* from, c10::BFloat16* high, c10::BFloat16* low, int64_t count) {
+  // On the bits, so that the compiler makes vectors of it.
+  const auto rounded_bits = [](uint32_t bits) { return bits + 0x7fff + (bits >> 16 & 1); };
+  auto* const high_bits = reinterpret_cast<uint16_t*>(high);
+  auto* const low_bits = reinterpret_cast<uint16_t*>(low);
+  uint32_t infinite = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = rounded_bits(std::bit_cast<uint32_t>(from[i])) & 0xffff0000;
+    infinite |= (bits & 0x7f800000) == 0x7f800000;
+    const float rest = from[i] - std::bit_cast<float>(bits);
+    high_bits[i] = static_cast<uint16_t>(bits >> 16);
+    low_bits[i] = static_cast<uint16_t>(rounded_bits(std::bit_cast<uint32_t>(rest)) >> 16);
+  }
+  return infinite == 0;
+}
+
 template <int capability, class T>
 bool all_finite(const T* values, int64_t count) {
   // On the bits, which the compiler may take in any order.
@@ -513,6 +531,7 @@ template void pair_rows<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, c
 template void transpose_pairs<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t,
                                                                int64_t, int64_t, c10::BFloat16*,
                                                                int64_t);
+template bool split_row<DLOPS_CAPABILITY>(const float*, c10::BFloat16*, c10::BFloat16*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, double>(const double*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, float>(const float*, int64_t);

@@ -7,6 +7,8 @@
 // `ld` is the distance between rows.
 #pragma once
 
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 #include "conv2d_math.h"
@@ -65,6 +67,10 @@ T* copy_runs(const T* const* runs, int64_t number, int64_t count, int64_t pad, i
 // Whether none of them is infinite or NaN.
 template <int capability, class T>
 bool all_finite(const T* values, int64_t count);
+// from[i] = high[i] + low[i] but for 2^-17 of it: the nearest bfloat16 number, and the one nearest
+// to what that leaves. Whether all of them have such parts: infinite numbers and NaN have none.
+template <int capability>
+bool split_row(const float* from, c10::BFloat16* high, c10::BFloat16* low, int64_t count);
 // sum[i] += from[i].
 template <int capability, class from_t, class sum_t>
 void add_row(const from_t* from, sum_t* sum, int64_t count);

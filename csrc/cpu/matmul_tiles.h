@@ -1,0 +1,22 @@
+// The product of bfloat16 numbers by AMX.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include <cstdint>
+
+#include "cpu/simd/matmul.h"
+
+namespace dlops::cpu {
+
+// Whether products go through AMX: DLOPS_CPU_AMX=1 asks for it, on machines that have it; an error
+// on others.
+bool takes_tiles();
+
+// As matmul_of_factors in cpu/matmul.h, of bfloat16. Every sum begins with what was before and adds
+// pairs in their order.
+void matmul_of_tiles(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                     int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
+                     Addend<float> before);
+
+}  // namespace dlops::cpu

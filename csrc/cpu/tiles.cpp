@@ -1,0 +1,48 @@
+// Whether products go through AMX (cpu/tiles.h).
+#include <ATen/cpu/Utils.h>
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+#include <string_view>
+
+#include "cpu/matmul_tiles.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace dlops::cpu {
+namespace {
+
+// Whether the machine has AMX with bfloat16, and Linux lets the process use it.
+bool has_tiles() {
+#if defined(DLOPS_PLAYED_TILES)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBFloat16 = 1U << 22, kTiles = 1U << 24;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBFloat16) != 0 &&
+         (d & kTiles) != 0 && at::cpu::init_amx();
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+bool takes_tiles() {
+  static const bool takes = [] {
+    const char* const asked = std::getenv("DLOPS_CPU_AMX");
+    const std::string_view value = asked == nullptr ? "0" : asked;
+    TORCH_CHECK_VALUE(value == "0" || value == "1",
+                      "DLOPS_CPU_AMX must be 0 (the default) or 1, got ", value);
+    if (value == "0") return false;
+    TORCH_CHECK(has_tiles(),
+                "DLOPS_CPU_AMX=1 needs a CPU with AMX for bfloat16 (amx_tile and "
+                "amx_bf16 in /proc/cpuinfo), on Linux 5.16 or later; this machine offers none");
+    return true;
+  }();
+  return takes;
+}
+
+}  // namespace dlops::cpu

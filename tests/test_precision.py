@@ -1,0 +1,130 @@
+"""conv2d in float32 where torch.set_float32_matmul_precision allows sums of bfloat16 products.
+
+With DLOPS_CPU_AMX=1 they are made by AMX, or by tests/tiles/played_tiles.h in a build that plays it
+(scripts/sanitize.sh); otherwise 'high' is true float32, as 'highest' is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+from cases import CONV2D, LAYOUTS, Conv2dCase, ids
+from checks import cast, check_same_bits, normal, values_and_gradients
+from torch import Tensor
+
+import dlops.functional as F
+
+parametrize = pytest.mark.parametrize
+BY_TILES = os.environ.get("DLOPS_CPU_AMX") == "1"
+# Enough channels to be split, in groups, with strides and dilation, odd sizes, borders, few pixels
+# and many images, several products of weights.
+SPLIT = [
+    Conv2dCase("thick", (2, 64, 9, 7), (48, 64, 3, 3), padding=1),
+    Conv2dCase("groups", (2, 64, 12, 11), (96, 32, 3, 2), padding=(1, 0), groups=2),
+    Conv2dCase("strides", (2, 32, 15, 14), (32, 32, 5, 3), (2, 3), 2),
+    Conv2dCase("dilation", (1, 18, 17, 16), (22, 18, 3, 3), 1, 2, (2, 3)),
+    Conv2dCase("1x1", (2, 70, 9, 9), (130, 70, 1, 1)),
+    Conv2dCase("many_images", (70, 32, 3, 3), (32, 32, 3, 3), padding=1),
+]
+
+
+@pytest.fixture(autouse=True)
+def precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def results(case: Conv2dCase, layout: str, precision: str) -> dict[str, Tensor]:
+    torch.set_float32_matmul_precision(precision)
+    image, *others = cast(case.tensors(normal), torch.float32)
+    ours = partial(F.conv2d, **case.arguments())
+    return values_and_gradients(ours, [LAYOUTS[layout](image), *others])
+
+
+@pytest.mark.native
+@parametrize("precision", ["high", "medium"])
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("case", SPLIT, ids=ids)
+def test_error_of_split_numbers(case: Conv2dCase, layout: str, precision: str) -> None:
+    inputs = cast(cast(case.tensors(normal), torch.float32), torch.float64)
+    truth = values_and_gradients(partial(torch.conv2d, **case.arguments()), inputs, torch.float32)
+    split, whole = (results(case, layout, name) for name in (precision, "highest"))
+    for name, exact in truth.items():
+
+        def error(result: Tensor, exact: Tensor = exact) -> float:
+            return float((result.double() - exact).norm() / exact.norm())
+
+        assert error(split[name]) < 3e-5, name
+        assert error(whole[name]) < 1e-6, name
+        if BY_TILES and name != "gradient 2":  # the bias' is a sum
+            assert error(split[name]) > 1e-6, f"{name} was not split"
+        else:
+            assert torch.equal(split[name], whole[name]), name
+
+
+@pytest.mark.native
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("case", CONV2D, ids=ids)
+def test_every_case_at_high_precision(case: Conv2dCase, layout: str) -> None:
+    high, highest = (results(case, layout, name) for name in ("high", "highest"))
+    for name, expected in highest.items():
+        assert (high[name] - expected).norm() <= 3e-5 * expected.norm(), name
+
+
+@pytest.mark.special
+@parametrize("value", [float("inf"), float("nan"), 3.4e38], ids=str)
+@parametrize("where", ["input", "weight"])
+def test_numbers_without_parts(value: float, where: str) -> None:
+    """Infinite ones, and those that bfloat16 would round to them: as at full precision."""
+    torch.set_float32_matmul_precision("high")
+    image, weight = normal((2, 16, 9, 9)).float(), normal((8, 16, 3, 3), 1).float() / 64
+    (image if where == "input" else weight)[1, 3, 1, 2] = value
+    ours, theirs = F.conv2d(image, weight, padding=1), torch.conv2d(image, weight, padding=1)
+    assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.determinism
+@parametrize("case", SPLIT, ids=ids)
+def test_same_bits_on_any_number_of_threads(case: Conv2dCase) -> None:
+    threads, runs = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        runs.append(results(case, "contiguous", "high"))
+    torch.set_num_threads(threads)
+    check_same_bits(runs)
+
+
+@pytest.mark.invalid
+@parametrize(
+    "value, message",
+    [("yes", "must be 0 (the default) or 1, got yes"), ("1", "needs a CPU with AMX")],
+)
+def test_amx_where_there_is_none(value: str, message: str) -> None:
+    if value == "1" and (BY_TILES or "amx_bf16" in _cpu_flags()):
+        pytest.skip("there is AMX")
+    code = "import dlops, torch; x = torch.ones(1, 16, 3, 3).bfloat16(); "
+    code += "dlops.functional.conv2d(x, x)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DLOPS_CPU_AMX": value},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return file.read()
+    except OSError:
+        return ""
