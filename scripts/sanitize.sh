@@ -85,8 +85,8 @@ address_avx2() { ATEN_CPU_CAPABILITY=avx2 pytest address "${ops[@]}"; }
 address_avx512() { ATEN_CPU_CAPABILITY=avx512 pytest address "${ops[@]}"; }
 address_tiles() {
   export DLOPS_CPU_AMX=1
-  pytest address tests/test_precision.py
-  pytest address tests/test_conv2d.py -k "bfloat16 and (exact or layout or native or rounded)"
+  pytest address tests/test_precision.py -k "split or without_parts or same_bits"
+  pytest address tests/test_conv2d.py -k "bfloat16 and (exact or layout)"
 }
 address_others() { pytest address tests/test_invalid.py tests/fuzz; }
 
@@ -97,10 +97,12 @@ thread() {
     AVX512* | AVX2) widest=${widest%%_*} ;;
     *) widest=baseline ;;
   esac
-  build thread "-fsanitize=thread -include $root/tests/sanitize/parallel_threads.h" "$widest"
+  build thread "-fsanitize=thread -include $root/tests/sanitize/parallel_threads.h \
+    -DDLOPS_PLAYED_TILES -I$root/tests/tiles" "$widest"
   DLOPS_SEEDED_RACE=1 must_be_found thread "data race" "$python" tests/sanitize/faults.py race
   echo "==== thread: tests"
   pytest thread "${ops[@]}"
+  DLOPS_CPU_AMX=1 pytest thread tests/test_precision.py -k "split or same_bits"
 }
 
 # Calls each of these functions, and shows what each printed once it is done. A sanitized program runs

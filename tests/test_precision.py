@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import torch
 from cases import CONV2D, LAYOUTS, Conv2dCase, ids
-from checks import cast, check_same_bits, normal, values_and_gradients
+from checks import cast, check_same_bits, leaves, normal, values_and_gradients
 from torch import Tensor
 
 import dlops.functional as F
@@ -79,26 +79,40 @@ def test_every_case_at_high_precision(case: Conv2dCase, layout: str) -> None:
 
 
 @pytest.mark.special
-@parametrize("value", [float("inf"), float("nan"), 3.4e38], ids=str)
-@parametrize("where", ["input", "weight"])
-def test_numbers_without_parts(value: float, where: str) -> None:
-    """Infinite ones, and those that bfloat16 would round to them: as at full precision."""
-    torch.set_float32_matmul_precision("high")
-    image, weight = normal((2, 16, 9, 9)).float(), normal((8, 16, 3, 3), 1).float() / 64
-    (image if where == "input" else weight)[1, 3, 1, 2] = value
-    ours, theirs = F.conv2d(image, weight, padding=1), torch.conv2d(image, weight, padding=1)
-    assert torch.equal(ours.isfinite(), theirs.isfinite())
-    assert torch.equal(ours.isnan(), theirs.isnan())
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("where", [0, 1, 2], ids=["input", "weight", "grad_output"])
+@parametrize(
+    "bits",
+    [0x7F800000, 0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, 0x7F7FC99E],
+    ids=["inf", "nan", "nan of CUDA", "memory of ones", "signaling", "3.4e38"],
+)
+def test_numbers_without_parts(bits: int, where: int, layout: str) -> None:
+    """Infinite ones, every NaN, and what bfloat16 would round to infinity: as at full precision."""
+    value = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    image, weight = normal((2, 16, 9, 9)).float(), normal((18, 16, 3, 3), 1).float() / 64
+    given = [LAYOUTS[layout](image), weight, normal((2, 18, 9, 9), 2).float()]
+    given[where][1, 3, 1, 2] = value
+    high, highest = [], []
+    for results, precision in ((high, "high"), (highest, "highest")):
+        torch.set_float32_matmul_precision(precision)
+        inputs = leaves(given[:2])
+        output = F.conv2d(*inputs, padding=1)
+        results += [output, *torch.autograd.grad(output, inputs, given[2])]
+    for ours, expected in zip(high, highest, strict=True):
+        assert torch.equal(ours.isfinite(), expected.isfinite())
+        assert torch.equal(ours.isnan(), expected.isnan())
 
 
 @pytest.mark.determinism
 @parametrize("case", SPLIT, ids=ids)
 def test_same_bits_on_any_number_of_threads(case: Conv2dCase) -> None:
     threads, runs = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        runs.append(results(case, "contiguous", "high"))
-    torch.set_num_threads(threads)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(results(case, "contiguous", "high"))
+    finally:
+        torch.set_num_threads(threads)
     check_same_bits(runs)
 
 

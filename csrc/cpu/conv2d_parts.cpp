@@ -42,13 +42,15 @@ Parts split(const at::Tensor& tensor) {
 
 bool takes_parts(at::ScalarType dtype, int64_t depth_channels) {
   constexpr int64_t kLeastChannels = 16;
-  if (dtype != at::kFloat || depth_channels < kLeastChannels || depth_channels % 2 != 0 ||
-      !takes_tiles())
+  if (dtype != at::kFloat || depth_channels < kLeastChannels || depth_channels % 2 != 0)
     return false;
   // What 'high' and 'medium' stand for since torch has precisions for each backend.
-  const at::Float32Precision precision =
-      at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
-  return precision == at::Float32Precision::TF32 || precision == at::Float32Precision::BF16;
+  const auto precision = [](at::Float32Op op) {
+    return at::globalContext().float32Precision(at::Float32Backend::MKLDNN, op);
+  };
+  const at::Float32Precision products = precision(at::Float32Op::MATMUL);
+  return (products == at::Float32Precision::TF32 || products == at::Float32Precision::BF16) &&
+         precision(at::Float32Op::CONV) != at::Float32Precision::IEEE && takes_tiles();
 }
 
 bool split_pixels(const float* from, int64_t pixels, int64_t channels, BFloat16* to) {
@@ -87,12 +89,13 @@ bool parts_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
     if (!x.high.defined() || !grad.high.defined()) return false;
     const auto add = [&](const at::Tensor& grad_part, const at::Tensor& input_part, bool first) {
       const at::Tensor& to = first ? grad_weight : term;
-      pairs_grad_weight(some, grad_part, input_part, to, format);
+      if (!pairs_grad_weight(some, grad_part, input_part, to, format)) return false;
       if (!first) grad_weight.add_(term);
+      return true;
     };
-    add(grad.high, x.high, n == 0);
-    add(grad.high, x.low, false);
-    add(grad.low, x.high, false);
+    if (!add(grad.high, x.high, n == 0) || !add(grad.high, x.low, false) ||
+        !add(grad.low, x.high, false))
+      return false;
   }
   return true;
 }

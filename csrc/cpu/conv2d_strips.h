@@ -26,8 +26,8 @@ void strips_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::
 void strips_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                        const at::Tensor& weight, const at::Tensor& grad_input,
                        at::MemoryFormat format);
-// The same of float32 by sums of bfloat16 products (conv2d_parts.h). False, and nothing is worked
-// out, where a number cannot be split.
+// The same of float32 by sums of bfloat16 products (conv2d_parts.h). False, and the result
+// is not worked out, where a number cannot be split.
 bool strips_forward_by_parts(const Conv2dGeometry& g, const at::Tensor& input,
                              const at::Tensor& weight, const at::Tensor& bias,
                              const at::Tensor& output, at::MemoryFormat format);

@@ -13,8 +13,8 @@ namespace dlops::cpu {
 // on others.
 bool takes_tiles();
 
-// As matmul_of_factors in cpu/matmul.h, of bfloat16. Every sum begins with what was before and adds
-// pairs in their order.
+// As matmul_of_factors in cpu/matmul.h, of bfloat16. To what was before the sums of 32 terms or
+// fewer are added, in their order; numbers below float32's normal ones count as zeros.
 void matmul_of_tiles(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                      Addend<float> before);

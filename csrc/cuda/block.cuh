@@ -144,6 +144,15 @@ class Block {
   DLOPS_DEVICE void finish_products() const {
     wait_for_wgmma<pending>();
   }
+  // Before the sums of products that have ended are read: not earlier, whatever the compiler knows
+  // of registers that change behind its back.
+  template <class T>
+  DLOPS_DEVICE void settle(PerThread<T>& sums) const {
+    DLOPS_UNROLL
+    for (auto& row : sums.own.values) DLOPS_UNROLL
+    for (auto& product : row) DLOPS_UNROLL
+    for (float& sum : product) asm volatile("" : "+f"(sum)::"memory");
+  }
   // Shows products what the thread wrote to shared memory, or what was copied for it.
   DLOPS_DEVICE void publish() const { publish_for_wgmma(); }
 

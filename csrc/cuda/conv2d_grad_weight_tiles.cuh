@@ -31,6 +31,7 @@ struct GradWeightTiles : Tile<scalar_t> {
   static constexpr int M = Products::M, N = Products::N;
   static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
 
+  static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
     BoxMap pixels, grad_output;  // a plane of grad_output's channels
   };
@@ -255,6 +256,7 @@ struct GradWeightTiles : Tile<scalar_t> {
     } else {
       copy_and_multiply(block, shared, place, steps, stage, multiply_stage);
     }
+    if constexpr (Products::kByGroups) block.settle(values);
     block.threads([&](int thread) { store(values[thread], thread, place, part); });
   }
 };

@@ -114,6 +114,7 @@ Copies copies_of(const Conv2dGeometry& g, const at::Tensor& input, const ImageRe
   const bool by_boxes = input.element_size() == 2 && outputs > 64 &&
                         takes_boxes(g, images.channels(), images.pixel()) &&
                         grads.pixel() >= g.groups * grads.channels() &&
+                        grads.pixel() < int64_t(1) << 38 &&  // a step of the TMA's
                         g.N * g.output_pixels() < int64_t(1) << 31;
   return by_boxes ? Copies::boxes : Copies::chunks;
 }

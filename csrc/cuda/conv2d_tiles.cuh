@@ -34,6 +34,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   static constexpr int kSharedBytes =
       T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : kTapBytes);
 
+  static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
     BoxMap pixels, weights;  // planes of weights are the kernel's cells
   };
@@ -219,6 +220,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     } else {
       copy_and_multiply(block, shared, first_pixel, first_output, group, stage, multiply_stage);
     }
+    if constexpr (Products::kByGroups) block.settle(sums);
     block.threads(
         [&](int thread) { store(sums[thread], thread, first_pixel, first_output, group); });
   }

@@ -43,7 +43,7 @@ def main() -> None:
         os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_wgmma"
         run(convolutions, torch.bfloat16)
         os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_tma"
-        run([conv2d(case) for case in BOXES], torch.bfloat16)
+        run([conv2d(case) for case in BOXES[:1]], torch.bfloat16)
     torch.cuda.synchronize()
     print("sanitize: done")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,7 @@ TILES = [
 ]
 # Whole boxes of 64 channels and their ends, several images, every reason for a box to be cut off,
 # the most that a box can reach and more.
-N, H, W = (4, 107, 106) if DEVICE == "cuda" else (3, 19, 18)
+N, H, W, FAR = (4, 107, 106, 24) if DEVICE == "cuda" else (3, 19, 18, 6)
 BOXES = [
     Conv2dCase("boxes", (N, 64, H, W), (144, 64, 3, 3), padding=1),
     Conv2dCase("filled_up_boxes", (N, 100, 3 * H, 2 * W), (50, 100, 3, 2), padding=(0, 1)),
@@ -78,10 +78,10 @@ BOXES = [
     Conv2dCase("boxes_without_window", (N, 56, H, W), (136, 56, 1, 1)),
     Conv2dCase("wide_boxes", (N, 48, 2 * H, 3 * W), (128, 48, 3, 4), (2, 3), (2, 1), (2, 1)),
     Conv2dCase("boxes_past_kernel", (N, 64, 2 * H, 2 * W), (128, 64, 1, 1), stride=2),
-    Conv2dCase(
-        "far_boxes", (3 * N, 48, 6, 151), (128, 48, 1, 3), padding=(0, 60), dilation=(1, 64)
-    ),
-    Conv2dCase("too_far_for_boxes", (N, 64, H, 300), (128, 64, 1, 3), (1, 2), dilation=(1, 128)),
+    Conv2dCase("boxes_of_stride_8", (N, 64, H, 8 * W), (128, 64, 1, 2), stride=(1, 8)),
+    Conv2dCase("far_boxes", (3 * N, 48, FAR, 151), (128, 48, 1, 3), 1, (0, 60), (1, 64)),
+    Conv2dCase("farthest_boxes", (N, 64, FAR, 300), (128, 64, 1, 2), 1, (0, 127), (1, 255)),
+    Conv2dCase("too_far_for_boxes", (N, 64, 4 * FAR, 300), (128, 64, 1, 3), (1, 2), 0, (1, 128)),
 ]
 # Without products: vectors of channels, four planes at a time and what is left of them.
 DEPTHWISE = [
@@ -289,46 +289,29 @@ def test_it_is_the_tensor_cores_that_multiply(monkeypatch: pytest.MonkeyPatch) -
         assert any("Conv2dTiles" in event.key for event in profile.key_averages())
 
 
-@pytest.mark.native
-@pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
-@parametrize(
-    "way, case, mark",
-    [
-        ("wgmma", TILES[2], "GroupProducts"),
-        ("tma", BOXES[0], "Copies)2"),
-    ],
-    ids=id_of,
-)
-def test_it_is_hopper_that_multiplies(
-    way: str, case: Conv2dCase, mark: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask_for(way, monkeypatch)
-    problem = conv2d(case)
-    inputs = on_device(cast(problem.inputs, torch.bfloat16))
-    with torch.profiler.profile() as profile:
-        values_and_gradients(problem.ours, inputs)
-    kernels = [event.key for event in profile.key_averages() if mark in event.key]
-    assert any("Conv2dTiles" in kernel for kernel in kernels)
-    assert any("GradWeightTiles" in kernel for kernel in kernels)
+def boxes_that_come(function: Callable[[], Any]) -> int:
+    """On the GPU, kernels that ask for them; on the host, boxes of pixels."""
+    if DEVICE == "cuda":
+        with torch.profiler.profile() as profile:
+            function()
+        return sum(event.count for event in profile.key_averages() if "Copies)2" in event.key)
+    count = ctypes.c_int64.in_dll(ctypes.CDLL(_C.__file__), "dlops_boxes_of_pixels")
+    count.value = 0
+    function()
+    return count.value
 
 
 @pytest.mark.native
-@pytest.mark.skipif(DEVICE == "cuda", reason="asks the block that the host plays")
 @parametrize("case", BOXES, ids=ids)
 def test_it_is_boxes_that_come(case: Conv2dCase, monkeypatch: pytest.MonkeyPatch) -> None:
     ask_for("tma", monkeypatch)
-    count = ctypes.c_int64.in_dll(ctypes.CDLL(_C.__file__), "dlops_boxes_of_pixels")
     problem = conv2d(case)
-    x, weight, *rest = cast(problem.inputs, torch.bfloat16)
+    x, weight, *rest = on_device(cast(problem.inputs, torch.bfloat16))
     x = LAYOUTS["channels_last"](x)  # else few images are copied at a time
-    count.value = 0
-    output = problem.ours(x, weight, *rest)
-    came = [count.value]
+    came = [boxes_that_come(lambda: problem.ours(x, weight, *rest))]
     for inputs in ([*leaves([x]), weight, *rest], [x, *leaves([weight]), *rest]):
         output = problem.ours(*inputs)
-        count.value = 0
-        output.backward(torch.ones_like(output))
-        came.append(count.value)
+        came.append(boxes_that_come(partial(output.backward, torch.ones_like(output))))
     # Forward, the gradient of the input, that of the weight (64 outputs and fewer: no boxes).
     expected = {
         "filled_up_boxes": [True, True, False],
@@ -336,3 +319,16 @@ def test_it_is_boxes_that_come(case: Conv2dCase, monkeypatch: pytest.MonkeyPatch
         "too_far_for_boxes": [False, True, False],
     }
     assert [number > 0 for number in came] == expected.get(case.id, [True, True, True])
+
+
+@pytest.mark.native
+@pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
+def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_for("wgmma", monkeypatch)
+    problem = conv2d(TILES[2])
+    inputs = on_device(cast(problem.inputs, torch.bfloat16))
+    with torch.profiler.profile() as profile:
+        values_and_gradients(problem.ours, inputs)
+    kernels = [event.key for event in profile.key_averages() if "GroupProducts" in event.key]
+    assert any("Conv2dTiles" in kernel for kernel in kernels)
+    assert any("GradWeightTiles" in kernel for kernel in kernels)

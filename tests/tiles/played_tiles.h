@@ -2,6 +2,7 @@
 // What the machine would refuse ends the program.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -60,11 +61,22 @@ void store_tile(void* to, int64_t stride) {
                 played.shapes.bytes[tile]);
 }
 
-inline float played_number(const unsigned char* bfloat16) {
-  unsigned char bytes[4] = {0, 0, bfloat16[0], bfloat16[1]};
-  float value;
-  std::memcpy(&value, bytes, sizeof(value));
-  return value;
+// The instruction takes numbers that are not normal for zeros, and gives zeros for them.
+inline float flushed(float x) {
+  return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0F, x) : x;
+}
+
+// The bfloat16 numbers of a tile, in float32.
+inline void read_numbers(int tile, float (&to)[16][32]) {
+  for (int row = 0; row < played.shapes.rows[tile]; ++row) {
+    uint16_t numbers[32];
+    std::memcpy(numbers, played.rows[tile][row], sizeof(numbers));
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(numbers[i]) << 16;
+      std::memcpy(&to[row][i], &bits, sizeof(bits));
+      to[row][i] = flushed(to[row][i]);
+    }
+  }
 }
 
 template <int sum, int a, int b>
@@ -76,16 +88,20 @@ void multiply_tiles() {
   demand(shapes.rows[sum] == shapes.rows[a] && shapes.bytes[sum] == shapes.bytes[b] &&
              shapes.bytes[a] == shapes.rows[b] * 4 && shapes.bytes[b] % 4 == 0,
          "shapes that do not fit together");
+  float left[16][32], right[16][32];
+  read_numbers(a, left);
+  read_numbers(b, right);
   for (int i = 0; i < shapes.rows[sum]; ++i) {
-    for (int j = 0; j < shapes.bytes[sum] / 4; ++j) {
-      float total;
-      std::memcpy(&total, played.rows[sum][i] + j * 4, 4);
-      for (int pair = 0; pair < shapes.rows[b]; ++pair)
-        for (int half = 0; half < 2; ++half)
-          total += played_number(played.rows[a][i] + pair * 4 + half * 2) *
-                   played_number(played.rows[b][pair] + j * 4 + half * 2);
-      std::memcpy(played.rows[sum][i] + j * 4, &total, 4);
-    }
+    float chains[2][16] = {}, totals[16];  // of the pairs' first numbers and of their second ones
+    for (int pair = 0; pair < shapes.rows[b]; ++pair)
+      for (int half = 0; half < 2; ++half)
+        for (int j = 0; j < shapes.bytes[sum] / 4; ++j)
+          chains[half][j] = flushed(
+              std::fma(left[i][pair * 2 + half], right[pair][j * 2 + half], chains[half][j]));
+    std::memcpy(totals, played.rows[sum][i], sizeof(totals));
+    for (int j = 0; j < shapes.bytes[sum] / 4; ++j)
+      totals[j] = flushed(flushed(totals[j]) + flushed(chains[0][j] + chains[1][j]));
+    std::memcpy(played.rows[sum][i], totals, sizeof(totals));
   }
 }
 

@@ -416,8 +416,10 @@ bool split_row(const float* from, c10::BFloat16* high, c10::BFloat16* low, int64
   auto* const low_bits = reinterpret_cast<uint16_t*>(low);
   uint32_t infinite = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = rounded_bits(std::bit_cast<uint32_t>(from[i])) & 0xffff0000;
-    infinite |= (bits & 0x7f800000) == 0x7f800000;
+    const auto whole = std::bit_cast<uint32_t>(from[i]);
+    const uint32_t bits = rounded_bits(whole) & 0xffff0000;
+    // Rounding takes some finite numbers to infinity, and some NaN past it to zero.
+    infinite |= (bits & 0x7f800000) == 0x7f800000 || (whole & 0x7f800000) == 0x7f800000;
     const float rest = from[i] - std::bit_cast<float>(bits);
     high_bits[i] = static_cast<uint16_t>(bits >> 16);
     low_bits[i] = static_cast<uint16_t>(rounded_bits(std::bit_cast<uint32_t>(rest)) >> 16);

@@ -169,6 +169,8 @@ class Block {
     for (const auto& product : products_) product();
     products_.clear();
   }
+  template <class T>
+  void settle(const PerThread<T>&) const {}
   void publish() const {}
 
   template <class F>
