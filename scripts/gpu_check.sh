@@ -4,9 +4,11 @@
 # with torch, nvcc, ninja, pytest and hypothesis must be there. Ends within ten minutes; a step that
 # fails or runs out of time does not stop the others. Exits with 1 where any of them did.
 #
-#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks] [implicit_gemm]     (default: all)
+#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks] [implicit_gemm] [hopper]
+#                                                                                    (default: all)
 #
-# implicit_gemm: the benchmarks of convolution without a column matrix.
+# implicit_gemm, hopper: the benchmarks of convolution without a column matrix, hopper's those by
+# wgmma and by the TMA. Each part leaves eight files at most.
 #
 #   OUT=folder               where the results go (default benchmarks/results)
 #   PYTHON=path              the Python to use (default python3)
@@ -21,7 +23,7 @@ python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 out=$(realpath -m "${OUT:-$root/benchmarks/results}")
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
-wanted=${*:-build tests sanitizers benchmarks implicit_gemm}
+wanted=${*:-build tests sanitizers benchmarks implicit_gemm hopper}
 work=$root/build/gpu_check
 site=$work/site
 logs=$work/logs
@@ -142,7 +144,10 @@ if wants tests; then
   step gpu_native 280 bash -c 'run_pytest gpu_native "$root/tests/gpu/test_agreement.py" -k test_native' &
   step gpu_agreement 280 bash -c \
     'run_pytest gpu_agreement "$root/tests/gpu/test_agreement.py" -k "not test_native"' &
-  step gpu_implicit_gemm 280 bash -c 'run_pytest gpu_implicit_gemm "$root/tests/gpu/test_implicit_gemm.py"' &
+  step gpu_implicit_gemm 280 bash -c 'run_pytest gpu_implicit_gemm \
+    "$root/tests/gpu/test_implicit_gemm.py" -k "not (hopper or boxes or wgmma)"' &
+  step gpu_hopper 280 bash -c 'run_pytest gpu_hopper "$root/tests/gpu/test_implicit_gemm.py" \
+    -k "hopper or boxes or wgmma"' &
   step gpu_modes 280 bash -c 'run_pytest gpu_modes "$root/tests/gpu/test_modes.py"' &
   DLOPS_CUDA_CONV2D=implicit_gemm step gpu_execution_implicit_gemm 280 bash -c \
     'run_pytest gpu_execution_implicit_gemm "$root/tests/gpu/test_execution.py" -k conv' &
@@ -169,9 +174,12 @@ if wants benchmarks; then
 fi
 if wants implicit_gemm; then
   DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-bfloat16 --dtype bfloat16 --only conv2d
+  DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-tf32 --dtype float32 --tf32 --only conv2d
+fi
+if wants hopper; then
   DLOPS_CUDA_CONV2D=implicit_gemm_wgmma benchmark wgmma-bfloat16 --dtype bfloat16 --only conv2d
   DLOPS_CUDA_CONV2D=implicit_gemm_tma benchmark tma-bfloat16 --dtype bfloat16 --only conv2d
-  DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-tf32 --dtype float32 --tf32 --only conv2d
+  DLOPS_CUDA_CONV2D=implicit_gemm_tma benchmark tma-tf32 --dtype float32 --tf32 --only conv2d
 fi
 
 for log in "$logs"/*.log "$logs"/sanitizer_*.txt; do

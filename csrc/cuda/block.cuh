@@ -125,11 +125,12 @@ class Block {
     }
   }
 
-  // sums (64 x columns) += a (64 x 16) x b (16 x columns) of 16-bit numbers, by a group of warps:
-  // started here, and there after finish(). Both factors lie in rows of 128 bytes, permuted as
-  // chunk ^ row % 8 in memory aligned to 1024 bytes. A row runs over the numbers that are added up
-  // or, `transposed`, over 64 of the others, where the next 64 follow after `leading` bytes. A
-  // thread holds the sums that multiply_add gives it, of its warp's 16 rows and each eight columns.
+  // sums (64 x columns) += a (64 x 32 bytes) x b (32 bytes x columns), by a group of warps: started
+  // here, and there after finish_products(). float32 must be TF32 already. Both factors lie in rows
+  // of 128 bytes, permuted as chunk ^ row % 8 in memory aligned to 1024 bytes. A row runs over the
+  // numbers that are added up or, `transposed` (16-bit numbers), over 64 of the others, where the
+  // next 64 follow after `leading` bytes. A thread holds the sums that multiply_add gives it, of
+  // its warp's 16 rows and each eight columns.
   template <class scalar_t, int columns, bool transposed, class C>
   DLOPS_DEVICE void start_product(int, const C& sums, const unsigned char* a,
                                   const unsigned char* b, int leading) const {

@@ -32,25 +32,39 @@ void check(CUresult result, const char* what) {
               static_cast<int>(result), ")");
 }
 
-CUtensorMapDataType dtype(bool is_bfloat16) {
-  return is_bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+CUtensorMapDataType dtype(BoxNumbers numbers) {
+  switch (numbers) {
+    case BoxNumbers::bfloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case BoxNumbers::float16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;
+  }
 }
 
-cuuint64_t bytes(int64_t elements) { return static_cast<cuuint64_t>(elements) * 2; }
+cuuint64_t bytes(int64_t elements, BoxNumbers numbers) {
+  return static_cast<cuuint64_t>(elements) * static_cast<cuuint64_t>(bytes_of(numbers));
+}
+cuuint32_t row_of(BoxNumbers numbers) {
+  return static_cast<cuuint32_t>(kBoxBytes / bytes_of(numbers));
+}
 cuuint64_t size(int64_t elements) { return static_cast<cuuint64_t>(elements); }
 
 }  // namespace
 
-BoxMap map_rows(const BoxesOfRows& boxes, bool is_bfloat16) {
+BoxMap map_rows(const BoxesOfRows& boxes) {
   static auto* const encode =
       driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   const std::array<cuuint64_t, 3> sizes = {size(boxes.columns), size(boxes.planes),
                                            size(boxes.rows)};
-  const std::array<cuuint64_t, 2> strides = {bytes(boxes.plane), bytes(boxes.row)};
-  const std::array<cuuint32_t, 3> box = {kBoxChannels, 1, static_cast<cuuint32_t>(boxes.box_rows)};
+  const std::array<cuuint64_t, 2> strides = {bytes(boxes.plane, boxes.numbers),
+                                             bytes(boxes.row, boxes.numbers)};
+  const std::array<cuuint32_t, 3> box = {row_of(boxes.numbers), 1,
+                                         static_cast<cuuint32_t>(boxes.box_rows)};
   const std::array<cuuint32_t, 3> steps = {1, 1, 1};
   BoxMap result;
-  check(encode(&result.map, dtype(is_bfloat16), 3, const_cast<void*>(boxes.start), sizes.data(),
+  check(encode(&result.map, dtype(boxes.numbers), 3, const_cast<void*>(boxes.start), sizes.data(),
                strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
@@ -58,13 +72,14 @@ BoxMap map_rows(const BoxesOfRows& boxes, bool is_bfloat16) {
   return result;
 }
 
-BoxMap map_pixels(const BoxesOfPixels& boxes, bool is_bfloat16) {
+BoxMap map_pixels(const BoxesOfPixels& boxes) {
   static auto* const encode =
       driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
   const std::array<cuuint64_t, 4> sizes = {size(boxes.C), size(boxes.W), size(boxes.H),
                                            size(boxes.N)};
-  const std::array<cuuint64_t, 3> strides = {bytes(boxes.pixel), bytes(boxes.pixel * boxes.W),
-                                             bytes(boxes.pixel * boxes.W * boxes.H)};
+  const std::array<cuuint64_t, 3> strides = {bytes(boxes.pixel, boxes.numbers),
+                                             bytes(boxes.pixel * boxes.W, boxes.numbers),
+                                             bytes(boxes.pixel * boxes.W * boxes.H, boxes.numbers)};
   const std::array<int, 2> first = {static_cast<int>(-boxes.pad_left),
                                     static_cast<int>(-boxes.pad_top)};
   const std::array<int, 2> last = {static_cast<int>(boxes.right()),
@@ -72,8 +87,8 @@ BoxMap map_pixels(const BoxesOfPixels& boxes, bool is_bfloat16) {
   const std::array<cuuint32_t, 4> steps = {1, static_cast<cuuint32_t>(boxes.stride_w),
                                            static_cast<cuuint32_t>(boxes.stride_h), 1};
   BoxMap result;
-  check(encode(&result.map, dtype(is_bfloat16), 4, const_cast<void*>(boxes.start), sizes.data(),
-               strides.data(), first.data(), last.data(), kBoxChannels,
+  check(encode(&result.map, dtype(boxes.numbers), 4, const_cast<void*>(boxes.start), sizes.data(),
+               strides.data(), first.data(), last.data(), row_of(boxes.numbers),
                static_cast<cuuint32_t>(boxes.box_pixels), steps.data(),
                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),

@@ -11,24 +11,30 @@
 
 namespace dlops::cuda {
 
-constexpr int kBoxChannels = 64;  // 16-bit numbers in a row of a box
+constexpr int kBoxBytes = 128;  // of a row of a box
 
-// Rows of 16-bit numbers, several planes of them side by side: box (c, plane, row) has 64 numbers
-// of `rows` rows of one plane, from c and row on. Steps in elements, multiples of eight.
+// float32 numbers are rounded to TF32 as they come.
+enum class BoxNumbers { bfloat16, float16, tf32 };
+constexpr int bytes_of(BoxNumbers numbers) { return numbers == BoxNumbers::tf32 ? 4 : 2; }
+
+// Rows of numbers, several planes of them side by side: box (c, plane, row) has 128 bytes of
+// `box_rows` rows of one plane, from number c and row on. Steps in elements, multiples of 16 bytes.
 struct BoxesOfRows {
+  BoxNumbers numbers;
   const void* start;
   int64_t columns, planes, rows;
   int64_t plane, row;  // steps
   int box_rows;
 };
 
-// The columns of a convolution as the im2col mode has them: 64 channels of box_pixels output pixels
-// at one kernel cell. Images (N, H, W, C) whose pixels follow one another at one step; OH x OW
-// windows to an image, the first at -pad.
+// The columns of a convolution as the im2col mode has them: 128 bytes of channels of box_pixels
+// output pixels at one kernel cell. Images (N, H, W, C) whose pixels follow one another at one
+// step; OH x OW windows to an image, the first at -pad.
 struct BoxesOfPixels {
+  BoxNumbers numbers;
   const void* start;
   int64_t N, H, W, C;
-  int64_t pixel;  // step in elements, a multiple of eight
+  int64_t pixel;  // step in elements, a multiple of 16 bytes
   int64_t OH, OW, stride_h, stride_w, pad_top, pad_left;
   int box_pixels;
 
@@ -46,7 +52,7 @@ inline bool boxes_reach(const BoxesOfPixels& boxes, int64_t rows, int64_t column
   constexpr int64_t kMostImages = (int64_t(1) << 31) - 1, kMostBytes = (int64_t(1) << 40) - 1;
   return axis(boxes.pad_top, boxes.below(), boxes.stride_h, rows) &&
          axis(boxes.pad_left, boxes.right(), boxes.stride_w, columns) && boxes.N <= kMostImages &&
-         boxes.pixel * boxes.W * boxes.H <= kMostBytes / 2;
+         boxes.pixel * boxes.W * boxes.H <= kMostBytes / bytes_of(boxes.numbers);
 }
 
 #if defined(__CUDACC__)
@@ -55,9 +61,8 @@ struct BoxMap {
   CUtensorMap map;
 };
 
-// `is_bfloat16`: or float16.
-BoxMap map_rows(const BoxesOfRows& boxes, bool is_bfloat16);
-BoxMap map_pixels(const BoxesOfPixels& boxes, bool is_bfloat16);
+BoxMap map_rows(const BoxesOfRows& boxes);
+BoxMap map_pixels(const BoxesOfPixels& boxes);
 
 #endif
 

@@ -105,13 +105,12 @@ struct GradWeightTiles : Tile<scalar_t> {
   DLOPS_DEVICE void copy_boxes(Block& block, uint64_t* barrier, unsigned char* panels,
                                const Place& place, int64_t pixel) const {
     for (int i = 0; i < kOutputPanels; ++i)
-      block.copy_rows(
-          panels + i * kPanelBytes, boxes.grad_output, barrier,
-          static_cast<int>(place.group * grad_group) + place.first_output + i * kBoxChannels, 0,
-          static_cast<int>(pixel));
+      block.copy_rows(panels + i * kPanelBytes, boxes.grad_output, barrier,
+                      static_cast<int>(place.group * grad_group) + place.first_output + i * T::kRow,
+                      0, static_cast<int>(pixel));
     const OutputPixel at(conv, pixel);
     for (int i = 0; i < kColumnPanels; ++i) {
-      const int k = place.first_column + i * kBoxChannels;
+      const int k = place.first_column + i * T::kRow;
       const bool there = k < conv.column_rows();
       const int tap = there ? k / conv.C : 0, c = there ? k - tap * conv.C : conv.C;
       block.copy_pixels(panels + (kOutputPanels + i) * kPanelBytes, boxes.pixels, barrier,

@@ -99,11 +99,11 @@ struct Conv2dCall {
     tiles.output = output.mutable_data_ptr<scalar_t>();
     tiles.place = place;
     if constexpr (copies == Copies::boxes) {
-      tiles.conv.C = static_cast<int>(whole_boxes(images.channels));
+      tiles.conv.C = static_cast<int>(whole_boxes(images.channels, images.memory));
       tiles.boxes.pixels = pixel_boxes(g, images, kPixels);
-      tiles.boxes.weights = map_rows({weight.const_data_ptr(), images.channels, g.R * g.S, g.O,
-                                      images.channels, weight.numel() / g.O, kOutputs},
-                                     weight.scalar_type() == at::kBFloat16);
+      tiles.boxes.weights =
+          map_rows({box_numbers(weight), weight.const_data_ptr(), images.channels, g.R * g.S, g.O,
+                    images.channels, weight.numel() / g.O, kOutputs});
     }
     for_each_tile(tiles);
   }
@@ -119,15 +119,16 @@ void launch_conv2d(const Conv2dCall& call, bool gathers) {
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
     using enum Copies;
+    if (large && !gathers &&
+        takes_boxes(g, call.images.memory, call.images.channels, call.images.col)) {
+      outputs > 64 ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
+                   : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
+      return;
+    }
     if constexpr (sizeof(scalar_t) == 2) {
       if (large && asks_for_wgmma()) {
-        const bool by_boxes = !gathers && takes_boxes(g, call.images.channels, call.images.col);
         if (gathers) {
           call.launch<scalar_t, 128, 64, gathered, GroupProducts>();
-        } else if (by_boxes && outputs > 64) {
-          call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
-        } else if (by_boxes) {
-          call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
         } else if (outputs > 64) {
           call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
         } else {

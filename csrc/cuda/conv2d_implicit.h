@@ -74,13 +74,20 @@ class ImageReader {
 bool gathers(const at::Tensor& images, const Conv2dGeometry& g);
 
 // Channels of a group in whole boxes.
-inline int64_t whole_boxes(int64_t channels) {
-  return ceil_div(channels, kBoxChannels) * kBoxChannels;
+inline int64_t whole_boxes(int64_t channels, const at::Tensor& tensor) {
+  const int64_t row = kBoxBytes / tensor.element_size();
+  return ceil_div(channels, row) * row;
+}
+inline BoxNumbers box_numbers(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBFloat16 ? BoxNumbers::bfloat16
+         : tensor.scalar_type() == at::kHalf   ? BoxNumbers::float16
+                                               : BoxNumbers::tf32;
 }
 
-// Whether boxes are asked for and serve images of so many channels to a group, and this step from
-// pixel to pixel: with few channels of zeros, and none of the next group.
-bool takes_boxes(const Conv2dGeometry& g, int64_t channels, int64_t pixel);
+// Whether boxes are asked for and serve images of this dtype, so many channels to a group, and this
+// step from pixel to pixel: with few channels of zeros, and none of the next group.
+bool takes_boxes(const Conv2dGeometry& g, const at::Tensor& images, int64_t channels,
+                 int64_t pixel);
 BoxMap pixel_boxes(const Conv2dGeometry& g, const TileImages& images, int box_pixels);
 
 // The convolution of these images.

@@ -77,9 +77,11 @@ bool has_chunks(const at::Tensor& images, int64_t groups) {
          reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
 }
 
-BoxesOfPixels boxes_of_pixels(const Conv2dGeometry& g, int64_t channels, int64_t pixel) {
-  return {nullptr, g.N,        g.H,        g.W,       g.groups * channels, pixel, g.OH,
-          g.OW,    g.stride_h, g.stride_w, g.pad_top, g.pad_left,          0};
+BoxesOfPixels boxes_of_pixels(const Conv2dGeometry& g, const at::Tensor& images, int64_t channels,
+                              int64_t pixel) {
+  return {box_numbers(images), nullptr,   g.N,        g.H,  g.W,
+          g.groups * channels, pixel,     g.OH,       g.OW, g.stride_h,
+          g.stride_w,          g.pad_top, g.pad_left, 0};
 }
 
 }  // namespace
@@ -159,20 +161,21 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
   return {memory, H * W * places, padded, 1, W * places, places, padded};
 }
 
-bool takes_boxes(const Conv2dGeometry& g, int64_t channels, int64_t pixel) {
-  const int64_t whole = whole_boxes(channels);
+bool takes_boxes(const Conv2dGeometry& g, const at::Tensor& images, int64_t channels,
+                 int64_t pixel) {
+  const int64_t whole = whole_boxes(channels, images);
   return asks_for_boxes() && whole * 3 <= channels * 4 && (g.groups == 1 || whole == channels) &&
          pixel >= g.groups * channels &&
-         boxes_reach(boxes_of_pixels(g, channels, pixel), (g.R - 1) * g.dilation_h,
+         boxes_reach(boxes_of_pixels(g, images, channels, pixel), (g.R - 1) * g.dilation_h,
                      (g.S - 1) * g.dilation_w);
 }
 
 BoxMap pixel_boxes(const Conv2dGeometry& g, const TileImages& images, int box_pixels) {
-  BoxesOfPixels boxes = boxes_of_pixels(g, images.channels, images.col);
+  BoxesOfPixels boxes = boxes_of_pixels(g, images.memory, images.channels, images.col);
   boxes.start = images.memory.const_data_ptr();
   boxes.N = images.memory.size(0);
   boxes.box_pixels = box_pixels;
-  return map_pixels(boxes, images.memory.scalar_type() == at::kBFloat16);
+  return map_pixels(boxes);
 }
 
 }  // namespace dlops::cuda

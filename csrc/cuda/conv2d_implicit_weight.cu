@@ -78,9 +78,9 @@ struct GradWeightCall {
     tiles.part_pixels = part_pixels;
     if constexpr (copies == Copies::boxes) {
       tiles.boxes.pixels = pixel_boxes(g, images, Tiles::kPixels);
-      tiles.boxes.grad_output = map_rows({grad.memory.const_data_ptr(), g.groups * grad.channels, 1,
-                                          tiles.conv.pixels(), grad.col, grad.col, Tiles::kPixels},
-                                         grad.memory.scalar_type() == at::kBFloat16);
+      tiles.boxes.grad_output = map_rows({box_numbers(grad.memory), grad.memory.const_data_ptr(),
+                                          g.groups * grad.channels, 1, tiles.conv.pixels(),
+                                          grad.col, grad.col, Tiles::kPixels});
     }
     for_each_tile(tiles);
   }
@@ -112,7 +112,7 @@ Copies copies_of(const Conv2dGeometry& g, const at::Tensor& input, const ImageRe
   if (gathers(input, g)) return Copies::gathered;
   const int64_t outputs = g.outputs_per_group();
   const bool by_boxes = input.element_size() == 2 && outputs > 64 &&
-                        takes_boxes(g, images.channels(), images.pixel()) &&
+                        takes_boxes(g, input, images.channels(), images.pixel()) &&
                         grads.pixel() >= g.groups * grads.channels() &&
                         grads.pixel() < int64_t(1) << 38 &&  // a step of the TMA's
                         g.N * g.output_pixels() < int64_t(1) << 31;
@@ -128,7 +128,7 @@ void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output
   const Copies copies = copies_of(g, input, images, grads);
   const int64_t at_a_time = std::min(images.at_a_time(), grads.at_a_time());
   const int64_t channels =
-      copies == Copies::boxes ? whole_boxes(images.channels()) : images.channels();
+      copies == Copies::boxes ? whole_boxes(images.channels(), input) : images.channels();
   const int64_t count = g.O * g.R * g.S * channels;
   const int64_t part_pixels = pixels_of_part(g, at_a_time * g.output_pixels(), count);
   const int64_t parts = ceil_div(at_a_time * g.output_pixels(), part_pixels);

@@ -92,7 +92,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   template <class Block>
   DLOPS_DEVICE void copy_boxes(Block& block, uint64_t* barrier, unsigned char* tile,
                                const OutputPixel& at, int first_output, int group, int step) const {
-    const int tap = step * kBoxChannels / conv.C, c = step * kBoxChannels - tap * conv.C;
+    const int tap = step * T::kRow / conv.C, c = step * T::kRow - tap * conv.C;
     block.copy_pixels(tile, boxes.pixels, barrier, group * conv.C + c, static_cast<int>(at.n),
                       at.oh * conv.stride_h - conv.pad_top, at.ow * conv.stride_w - conv.pad_left,
                       tap / conv.S * conv.dilation_h, tap % conv.S * conv.dilation_w);
@@ -211,7 +211,7 @@ struct Conv2dTiles : Tile<scalar_t> {
       const OutputPixel at(conv, first_pixel);
       run_stages_of_boxes<T::kStages>(
           block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes),
-          conv.column_rows() / kBoxChannels, kStageBytes,
+          conv.column_rows() / T::kRow, kStageBytes,
           [&](int64_t step, uint64_t* barrier) {
             copy_boxes(block, barrier, stage(step), at, first_output, group,
                        static_cast<int>(step));

@@ -124,8 +124,8 @@ DLOPS_DEVICE void gather(unsigned char* chunk, const TensorCoreConv2d<scalar_t>&
 }
 
 // How columns come to shared memory: by 16 bytes, where channels are neighbours and fill them;
-// looked up among the taps and gathered one by one, in first layers; or by boxes of 64 channels
-// (boxes.h), the TMA's.
+// looked up among the taps and gathered one by one, in first layers; or by boxes (boxes.h), the
+// TMA's.
 enum class Copies { chunks, gathered, boxes };
 
 // Bytes, threads and stages of every tile.
@@ -194,14 +194,14 @@ template <class scalar_t, int rows, int columns>
 struct GroupProducts {
   static constexpr int M = 1, N = columns / 8;
   static constexpr bool kByGroups = true;
-  static_assert(rows == 128 && Tile<scalar_t>::kThreads == 256 && sizeof(scalar_t) == 2);
+  static_assert(rows == 128 && Tile<scalar_t>::kThreads == 256);
   DLOPS_DEVICE static int first_row(int warp) { return warp * 16; }
   DLOPS_DEVICE static int first_column(int) { return 0; }
 
   struct Fragments {};  // the factors stay in shared memory
   using Sums = ThreadSums<M, N>;
 
-  // Starts a product of 16 numbers each.
+  // Starts a product of 32 bytes each.
   template <bool transposed, class Block, class S>
   DLOPS_DEVICE static void start(Block& block, int group, S& sums, const unsigned char* a,
                                  const unsigned char* b, int leading = 0) {

@@ -26,41 +26,47 @@ __device__ __forceinline__ uint64_t shared_matrix(const void* start, int leading
   DLOPS_FLOATS_8(f, i), DLOPS_FLOATS_8(f, i + 8), DLOPS_FLOATS_8(f, i + 16), \
       DLOPS_FLOATS_8(f, i + 24)
 
-#define DLOPS_WGMMA_64(type)                                                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                         \
+// `kind`: depth and types; `ways`: of 16-bit factors, which way they lie (%34 or %66, for both).
+#define DLOPS_WGMMA_64(kind, ways)                                                                 \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64" kind                                          \
                " "                                                                                 \
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-               "%32, %33, 1, 1, 1, %34, %34;"                                                      \
+               "%32, %33, 1, 1, 1" ways ";"                                                        \
                : DLOPS_FLOATS_32(sums, 0)                                                          \
                : "l"(a), "l"(b), "n"(int(transposed)))
 
-#define DLOPS_WGMMA_128(type)                                                                      \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                        \
+#define DLOPS_WGMMA_128(kind, ways)                                                                \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128" kind                                         \
                " "                                                                                 \
                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "  \
                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, " \
-               "%64, %65, 1, 1, 1, %66, %66;"                                                      \
+               "%64, %65, 1, 1, 1" ways ";"                                                        \
                : DLOPS_FLOATS_32(sums, 0), DLOPS_FLOATS_32(sums, 32)                               \
                : "l"(a), "l"(b), "n"(int(transposed)))
 
-// sums (64 x columns) += a (64 x 16) x b (16 x columns), started. `transposed`: a row of either
-// factor's memory runs over its 64 or `columns`, not over the 16 that are added up. Lane l of warp
-// w holds, in fours, columns 2 (l % 4) and the next of every eight, of rows 16 w + l / 4 and that
+// sums (64 x columns) += a (64 x 32 bytes) x b (32 bytes x columns), started: 16 bfloat16 or
+// float16 numbers, or eight of TF32. `transposed`: a row of either factor's memory runs over its 64
+// or `columns`, not over the numbers that are added up; 16-bit ones alone can. Lane l of warp w
+// holds, in fours, columns 2 (l % 4) and the next of every eight, of rows 16 w + l / 4 and that
 // + 8.
 template <class scalar_t, int columns, bool transposed>
 __device__ __forceinline__ void start_wgmma(float* sums, uint64_t a, uint64_t b) {
   static_assert(columns == 64 || columns == 128);
+  static_assert(!transposed || sizeof(scalar_t) == 2);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
-    if constexpr (columns == 64) DLOPS_WGMMA_64("bf16");
-    if constexpr (columns == 128) DLOPS_WGMMA_128("bf16");
+    if constexpr (columns == 64) DLOPS_WGMMA_64("k16.f32.bf16.bf16", ", %34, %34");
+    if constexpr (columns == 128) DLOPS_WGMMA_128("k16.f32.bf16.bf16", ", %66, %66");
+  } else if constexpr (std::is_same_v<scalar_t, c10::Half>) {
+    if constexpr (columns == 64) DLOPS_WGMMA_64("k16.f32.f16.f16", ", %34, %34");
+    if constexpr (columns == 128) DLOPS_WGMMA_128("k16.f32.f16.f16", ", %66, %66");
   } else {
-    static_assert(std::is_same_v<scalar_t, c10::Half>);
-    if constexpr (columns == 64) DLOPS_WGMMA_64("f16");
-    if constexpr (columns == 128) DLOPS_WGMMA_128("f16");
+    static_assert(std::is_same_v<scalar_t, float>);
+    if constexpr (columns == 64) DLOPS_WGMMA_64("k8.f32.tf32.tf32", "");
+    if constexpr (columns == 128) DLOPS_WGMMA_128("k8.f32.tf32.tf32", "");
   }
 #else
   __trap();

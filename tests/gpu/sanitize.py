@@ -43,7 +43,8 @@ def main() -> None:
         os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_wgmma"
         run(convolutions, torch.bfloat16)
         os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_tma"
-        run([conv2d(case) for case in BOXES[:1]], torch.bfloat16)
+        for dtype in (torch.float32, torch.bfloat16):
+            run([conv2d(case) for case in BOXES[:1]], dtype)
     torch.cuda.synchronize()
     print("sanitize: done")
 

@@ -29,8 +29,8 @@ extern "C" {
 inline int64_t dlops_boxes_of_pixels = 0;
 }
 
-inline BoxMap map_rows(const BoxesOfRows& boxes, bool) { return {boxes, {}}; }
-inline BoxMap map_pixels(const BoxesOfPixels& boxes, bool) { return {{}, boxes}; }
+inline BoxMap map_rows(const BoxesOfRows& boxes) { return {boxes, {}}; }
+inline BoxMap map_pixels(const BoxesOfPixels& boxes) { return {{}, boxes}; }
 
 class Block {
  public:
@@ -139,7 +139,7 @@ class Block {
           const int lane = row % 8 * 4 + column % 8 / 2;
           float& sum = threads[static_cast<size_t>(row / 16 * 32 + lane)]
                               [column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
-          for (int k = 0; k < 16; ++k)
+          for (int k = 0; k < 32 / static_cast<int>(sizeof(scalar_t)); ++k)
             sum += static_cast<float>(shared_element<scalar_t, transposed>(a, row, k, leading)) *
                    static_cast<float>(shared_element<scalar_t, transposed>(b, column, k, leading));
         }
@@ -198,11 +198,13 @@ class Block {
   void copy_rows(unsigned char* shared, const BoxMap& map, uint64_t* barrier, int c, int plane,
                  int row) {
     const BoxesOfRows& boxes = map.rows;
-    copy_box(shared, barrier, c, boxes.columns, boxes.box_rows, [&](int i) -> const uint16_t* {
-      if (row < 0 || row + i >= boxes.rows || plane < 0 || plane >= boxes.planes) return nullptr;
-      return static_cast<const uint16_t*>(boxes.start) + plane * boxes.plane +
-             (row + i) * boxes.row;
-    });
+    copy_box(shared, barrier, boxes.numbers, c, boxes.columns, boxes.box_rows,
+             [&](int i) -> const unsigned char* {
+               if (row < 0 || row + i >= boxes.rows || plane < 0 || plane >= boxes.planes)
+                 return nullptr;
+               return static_cast<const unsigned char*>(boxes.start) +
+                      (plane * boxes.plane + (row + i) * boxes.row) * bytes_of(boxes.numbers);
+             });
   }
   // The im2col mode: the first cell of each window walks through the image from -pad on, by
   // strides, and wherever it passes the last window of a row or an image it begins the next one.
@@ -212,22 +214,25 @@ class Block {
     ++dlops_boxes_of_pixels;
     const int64_t last_h = boxes.H - 1 + boxes.below(), last_w = boxes.W - 1 + boxes.right();
     int64_t image = n, row = h, column = w;
-    copy_box(shared, barrier, c, boxes.C, boxes.box_pixels, [&](int) -> const uint16_t* {
-      const int64_t r = row + dh, s = column + dw;
-      const bool inside = image < boxes.N && r >= 0 && r < boxes.H && s >= 0 && s < boxes.W;
-      const uint16_t* const from = static_cast<const uint16_t*>(boxes.start) +
-                                   ((image * boxes.H + r) * boxes.W + s) * boxes.pixel;
-      column += boxes.stride_w;
-      if (column > last_w) {
-        column = -boxes.pad_left;
-        row += boxes.stride_h;
-      }
-      if (row > last_h) {
-        row = -boxes.pad_top;
-        ++image;
-      }
-      return inside ? from : nullptr;
-    });
+    copy_box(shared, barrier, boxes.numbers, c, boxes.C, boxes.box_pixels,
+             [&](int) -> const unsigned char* {
+               const int64_t r = row + dh, s = column + dw;
+               const bool inside =
+                   image < boxes.N && r >= 0 && r < boxes.H && s >= 0 && s < boxes.W;
+               const unsigned char* const from =
+                   static_cast<const unsigned char*>(boxes.start) +
+                   ((image * boxes.H + r) * boxes.W + s) * boxes.pixel * bytes_of(boxes.numbers);
+               column += boxes.stride_w;
+               if (column > last_w) {
+                 column = -boxes.pad_left;
+                 row += boxes.stride_h;
+               }
+               if (row > last_h) {
+                 row = -boxes.pad_top;
+                 ++image;
+               }
+               return inside ? from : nullptr;
+             });
   }
   // As the device does, returns at once if the last phase that ended has this parity; it would wait
   // for ever where bytes are missing.
@@ -243,17 +248,27 @@ class Block {
 
  private:
   template <class F>
-  void copy_box(unsigned char* shared, uint64_t* barrier, int c, int64_t columns, int rows,
-                const F& row_at) {
+  void copy_box(unsigned char* shared, uint64_t* barrier, BoxNumbers numbers, int c,
+                int64_t columns, int rows, const F& row_at) {
     Barrier& state = barriers_.at(barrier);
     if (reinterpret_cast<uintptr_t>(shared) % 1024 != 0) throw std::logic_error("alignment");
+    const int size = bytes_of(numbers);
     for (int i = 0; i < rows; ++i) {
-      const uint16_t* const row = row_at(i);
+      const unsigned char* const row = row_at(i);
       for (int chunk = 0; chunk < 8; ++chunk) {
         Copy copy{shared + i * 128 + (chunk ^ (i & 7)) * 16, 16, {}};
-        for (int64_t j = 0; j < 8; ++j)
-          if (const int64_t at = c + chunk * 8 + j; row != nullptr && at >= 0 && at < columns)
-            std::memcpy(copy.data.data() + j * 2, row + at, 2);
+        for (int j = 0; j < 16 / size; ++j) {
+          const int64_t at = c + chunk * (16 / size) + j;
+          if (row == nullptr || at < 0 || at >= columns) continue;
+          unsigned char* const to = copy.data.data() + j * size;
+          std::memcpy(to, row + at * size, static_cast<size_t>(size));
+          if (numbers == BoxNumbers::tf32) {
+            uint32_t bits;
+            std::memcpy(&bits, to, 4);
+            const float rounded = element<float>(bits, 0);
+            std::memcpy(to, &rounded, 4);
+          }
+        }
         random_ = random_ * 1664525 + 1013904223;
         if (random_ >> 31 != 0) {
           copy.arrive();
@@ -269,8 +284,9 @@ class Block {
   // and bits 4 to 6 of an address are changed by bits 7 to 9.
   template <class scalar_t, bool transposed>
   static scalar_t shared_element(const unsigned char* start, int row, int k, int leading) {
-    const int bytes = transposed ? row / 64 * leading + k / 8 * 1024 + k % 8 * 128 + row % 64 * 2
-                                 : row / 8 * 1024 + row % 8 * 128 + k * 2;
+    constexpr int size = sizeof(scalar_t);
+    const int bytes = transposed ? row / 64 * leading + k / 8 * 1024 + k % 8 * 128 + row % 64 * size
+                                 : row / 8 * 1024 + row % 8 * 128 + k * size;
     auto address = reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(bytes);
     address ^= (address >> 7 & 7) << 4;
     scalar_t value;
