@@ -3,6 +3,7 @@
 //                          types
 //   conv2d_pairs_weight.h  the weight's gradient from bfloat16 images
 //   conv2d_parts.h         float32 by sums of bfloat16 products
+//   conv2d_winograd.h      3x3 kernels of stride 1 with fewer products
 //   conv2d_rows.h          contiguous images of few channels: forward, and the weight's gradient
 //   conv2d_panels.h        im2col panels that stay in cache: few input channels and 1x1 kernels of
 //                          contiguous images, integers and complex numbers; its forward,
@@ -33,6 +34,7 @@
 #include "cpu/conv2d_planes.h"
 #include "cpu/conv2d_rows.h"
 #include "cpu/conv2d_strips.h"
+#include "cpu/conv2d_winograd.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
@@ -213,6 +215,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
+  if (takes_winograd(g, input.scalar_type()) &&
+      winograd_forward(g, dense, weight, sum_bias, result, computed)) {
+    return result.contiguous(format);
+  }
   if (takes_parts(input.scalar_type(), g.channels_per_group()) &&
       takes_strips(g, at::kBFloat16, computed) &&
       strips_forward_by_parts(g, dense, weight, sum_bias, result, computed)) {
@@ -321,6 +327,10 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
   const at::Tensor dense = grad_output.contiguous(computed);
   if (computed == at::MemoryFormat::Contiguous && takes_planes(g, grad_output.scalar_type()) &&
       planes_grad_input(g, dense, dense_weight(weight), result)) {
+    return result.contiguous(format);
+  }
+  if (takes_winograd(g, grad_output.scalar_type()) &&
+      winograd_grad_input(g, dense, weight, result, computed)) {
     return result.contiguous(format);
   }
   if (takes_parts(grad_output.scalar_type(), g.outputs_per_group()) &&

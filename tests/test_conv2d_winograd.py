@@ -1,0 +1,146 @@
+"""conv2d by Winograd's F(2x2, 3x3), which 3x3 kernels of stride 1 between many channels take."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import native
+import pytest
+import torch
+from cases import LAYOUTS, Conv2dCase, ids
+from checks import (
+    cast,
+    check_against_native,
+    check_same_bits,
+    leaves,
+    normal,
+    small_integers,
+    values_and_gradients,
+)
+
+import dlops.functional as F
+
+parametrize = pytest.mark.parametrize
+# Odd and even sizes, all paddings, several blocks of outputs with a part of one, groups, channels
+# that fill no vector, images of which several make a task, and of which one makes several.
+CASES = [
+    Conv2dCase("one_tile_more", (2, 48, 9, 8), (64, 48, 3, 3), padding=1),
+    Conv2dCase("no_padding", (3, 50, 10, 13), (70, 50, 3, 3)),
+    Conv2dCase("wide_padding", (2, 64, 7, 9), (48, 64, 3, 3), padding=(2, 3)),
+    Conv2dCase("groups", (2, 100, 11, 8), (130, 50, 3, 3), padding=1, groups=2),
+    Conv2dCase("blocks", (1, 65, 8, 8), (150, 65, 3, 3), padding=1),
+    Conv2dCase("strips", (2, 64, 30, 41), (49, 64, 3, 3), padding=(1, 0)),
+    Conv2dCase("many_weights", (1, 140, 20, 21), (150, 140, 3, 3), padding=1),
+    Conv2dCase("many_images", (13, 64, 8, 8), (64, 64, 3, 3), padding=1),
+]
+cases = parametrize("case", CASES, ids=ids)
+layouts = parametrize("layout", ["contiguous", "channels_last"])
+weight_layouts = parametrize("weight_layout", ["contiguous", "channels_last"])
+
+
+@pytest.mark.exact
+@cases
+@layouts
+@weight_layouts
+def test_exact_on_small_integers(case: Conv2dCase, layout: str, weight_layout: str) -> None:
+    """Coefficients are 1 and 1/2, so that small integers stay exact."""
+    image, weight, *rest = case.tensors(small_integers)
+    inputs = [LAYOUTS[layout](image), LAYOUTS[weight_layout](weight), *rest]
+    truth, results = (
+        values_and_gradients(
+            partial(f, **case.arguments()), cast(inputs, dtype), dtype, small_integers
+        )
+        for f, dtype in ((native.conv2d, torch.float64), (F.conv2d, torch.float32))
+    )
+    for name, result in results.items():
+        assert torch.equal(result.double(), truth[name]), name
+
+
+@pytest.mark.native
+@cases
+@layouts
+def test_native(case: Conv2dCase, layout: str) -> None:
+    image, *others = case.tensors(normal)
+    ours, theirs = (partial(f, **case.arguments()) for f in (F.conv2d, native.conv2d))
+    check_against_native(ours, theirs, [LAYOUTS[layout](image), *others], torch.float32)
+
+
+@pytest.mark.native
+@cases
+@parametrize("way", ["winograd", "direct"])
+def test_it_is_winograd(case: Conv2dCase, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2^-25 beside 1 does not survive the weight's transform, as it does in the definition."""
+    monkeypatch.setenv("DLOPS_CPU_CONV2D", way)
+    image, weight, *_ = cast(case.tensors(normal), torch.float32)
+    image, weight = torch.zeros_like(image), torch.zeros_like(weight)
+    weight[0, 0, 1, 0], weight[0, 0, 1, 1] = 1, 2**-25
+    image[0, 0, 4, 4] = 1
+    arguments = case.arguments()
+    inputs = leaves([image, weight])
+    output = F.conv2d(*inputs, **{**arguments, "bias": None})
+    assert output.max() == 1
+    assert (output == 2**-25).any() == (way == "direct")
+    grad = torch.zeros_like(output)
+    grad[0, 0, 4, 4] = 1
+    (grad_input,) = torch.autograd.grad(output, inputs[:1], grad)
+    assert grad_input.max() == 1
+    assert (grad_input == 2**-25).any() == (way == "direct")
+
+
+@pytest.mark.invalid
+def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DLOPS_CPU_CONV2D", "fastest")
+    x = torch.ones(1, 48, 8, 8)
+    with pytest.raises(ValueError, match=r"must be winograd .* or direct, got fastest"):
+        F.conv2d(x, torch.ones(48, 48, 3, 3), padding=1)
+
+
+@pytest.mark.special
+@layouts
+@parametrize("where", [0, 1, 2], ids=["input", "weight", "grad_output"])
+@parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_special_values_stay_where_they_belong(value: float, where: int, layout: str) -> None:
+    shapes = (2, 48, 9, 10), (50, 48, 3, 3), (2, 50, 9, 10)
+    inputs = [LAYOUTS[layout](normal(size, i).float()) for i, size in enumerate(shapes)]
+    inputs[where][1, 2, 1, 1] = value
+    results = []
+    for conv in (F.conv2d, native.conv2d):
+        x, weight = leaves(inputs[:2])
+        output = conv(x, weight, padding=1)
+        results.append([output, *torch.autograd.grad(output, [x, weight], inputs[2])])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.mark.special
+@layouts
+def test_large_numbers(layout: str) -> None:
+    """The transform adds four of them, which is infinite; no output is."""
+    image = LAYOUTS[layout](torch.zeros(1, 48, 9, 10))
+    image[0, 3, 2:4, 2:4] = torch.tensor([[3e38, -3e38], [-3e38, 3e38]])
+    weight = torch.full((50, 48, 3, 3), 1 / 16)
+    output = F.conv2d(image, weight, padding=1)
+    assert output.isfinite().all()
+    expected = torch.conv2d(image / 1e38, weight, padding=1)
+    assert (output / 1e38 - expected).abs().max() < 1e-6
+
+
+@pytest.mark.determinism
+@cases
+@layouts
+def test_same_bits(case: Conv2dCase, layout: str) -> None:
+    """On any number of threads, and of an image alone."""
+    image, *others = cast(case.tensors(normal), torch.float32)
+    inputs = [LAYOUTS[layout](image), *others]
+    conv = partial(F.conv2d, **case.arguments())
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(values_and_gradients(conv, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    check_same_bits(runs)
+    alone = values_and_gradients(conv, [inputs[0][-1:], *others])
+    assert torch.equal(alone["value"], runs[0]["value"][-1:])
