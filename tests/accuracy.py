@@ -199,6 +199,8 @@ def conv2d_problems(dtype: torch.dtype) -> Iterator[Problem]:
     for shape, x, w, padding, groups in (
         ("3x3", (2, 16, 9, 11), (8, 16, 3, 3), 1, 1),
         ("deep", (1, 256, 5, 4), (6, 256, 3, 3), 1, 1),
+        ("winograd", (2, 64, 9, 8), (48, 64, 3, 3), 1, 1),
+        ("wide winograd", (1, 128, 10, 10), (128, 128, 3, 3), 1, 1),
         ("1x1", (2, 96, 6, 7), (20, 96, 1, 1), 0, 1),
         ("depthwise", (2, 12, 10, 9), (12, 1, 3, 3), 1, 12),
     ):

@@ -295,14 +295,16 @@ bool allows_winograd() {
 }  // namespace
 
 bool takes_winograd(const Conv2dGeometry& g, at::ScalarType dtype) {
-  constexpr int64_t kLeastChannels = 48;
-  const int64_t C = g.channels_per_group(), O = g.outputs_per_group();
-  const int64_t tiles = ceil_div(g.OH, 2) * ceil_div(g.OW, 2);
-  // Of an image: what is done to it must not depend on how many there are. More weights take more
-  // to transform than a few tiles save.
-  const bool enough = C * O <= 128 * 128 ? tiles >= 16 : C * O <= 256 * 256 && tiles >= 100;
+  // Few channels make thin products, many long sums beside native's and weights that take more to
+  // transform than the tiles of an image save. Of one image: what is done to it must not depend on
+  // how many there are.
+  constexpr int64_t kLeastChannels = 48, kMostChannels = 128, kLeastTiles = 16;
+  const auto serve = [&](int64_t channels) {
+    return channels >= kLeastChannels && channels <= kMostChannels;
+  };
   return dtype == at::kFloat && g.R == 3 && g.S == 3 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.dilation_h == 1 && g.dilation_w == 1 && std::min(C, O) >= kLeastChannels && enough &&
+         g.dilation_h == 1 && g.dilation_w == 1 && serve(g.channels_per_group()) &&
+         serve(g.outputs_per_group()) && ceil_div(g.OH, 2) * ceil_div(g.OW, 2) >= kLeastTiles &&
          allows_winograd();
 }
 
