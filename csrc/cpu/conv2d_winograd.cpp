@@ -1,6 +1,5 @@
 #include "cpu/conv2d_winograd.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -55,11 +54,10 @@ struct Cut {
   }
 };
 
-template <class T>
 class Winograd {
  public:
-  Winograd(const Problem& p, const ImageView<T>& source, const at::Tensor& weight, bool turned,
-           const T* bias, T* result)
+  Winograd(const Problem& p, const ImageView<float>& source, const at::Tensor& weight, bool turned,
+           const float* bias, float* result)
       : p_(p), cut_(p), source_(source), bias_(bias), result_(result) {
     const int64_t blocks = ceil_div(p.out, kBlock);
     weights_ = at::empty({p.groups * blocks * kPositions * position_step(p.in * kBlock)},
@@ -67,7 +65,7 @@ class Winograd {
     const bool last =
         !weight.is_contiguous() && weight.is_contiguous(at::MemoryFormat::ChannelsLast);
     const at::Tensor dense = last ? weight : weight.contiguous();
-    fill_weights(dense.const_data_ptr<T>(), last, turned, weights_.mutable_data_ptr<T>());
+    fill_weights(dense.const_data_ptr<float>(), last, turned, weights_.mutable_data_ptr<float>());
   }
 
   bool run() {
@@ -75,17 +73,17 @@ class Winograd {
                   parts = ceil_div(p_.images, cut_.images);
     const int64_t work = tiles() * kPositions * p_.in * p_.out;
     at::parallel_for(0, p_.groups * parts * strips, grain(work), [&](int64_t begin, int64_t end) {
-      Scratch scratch(Scratch::size<T>(strip_size()) + Scratch::size<T>(p_.in) +
-                      Scratch::size<T>(kPositions * position_step(tiles() * p_.in)) +
-                      Scratch::size<T>(kPositions * position_step(tiles() * block())) +
-                      Scratch::size<T>(result_size()));
+      Scratch scratch(Scratch::size<float>(strip_size()) + Scratch::size<float>(p_.in) +
+                      Scratch::size<float>(kPositions * position_step(tiles() * p_.in)) +
+                      Scratch::size<float>(kPositions * position_step(tiles() * block())) +
+                      Scratch::size<float>(result_size()));
       Space space;
-      space.strip = scratch.take<T>(strip_size());
-      space.zeros = scratch.take<T>(p_.in);
-      space.pixels = scratch.take<T>(kPositions * position_step(tiles() * p_.in));
-      space.sums = scratch.take<T>(kPositions * position_step(tiles() * block()));
-      space.result = scratch.take<T>(result_size());
-      std::fill_n(space.zeros, p_.in, T(0));
+      space.strip = scratch.take<float>(strip_size());
+      space.zeros = scratch.take<float>(p_.in);
+      space.pixels = scratch.take<float>(kPositions * position_step(tiles() * p_.in));
+      space.sums = scratch.take<float>(kPositions * position_step(tiles() * block()));
+      space.result = scratch.take<float>(result_size());
+      std::fill_n(space.zeros, p_.in, float(0));
       for (int64_t i = begin; i < end && finite_; ++i) {
         const int64_t n = i / strips % parts * cut_.images, row = i % strips * cut_.rows;
         compute({i / strips / parts,
@@ -103,7 +101,7 @@ class Winograd {
     Interval images, rows;  // of tiles
   };
   struct Space {
-    T *strip, *zeros, *pixels, *sums, *result;
+    float *strip, *zeros, *pixels, *sums, *result;
   };
 
   // The weights of (group, block of outputs) as [position][in][output of the block].
@@ -112,22 +110,22 @@ class Winograd {
            position_step(p_.in * kBlock);
   }
   // `from` is (outputs, channels, 3, 3), dense; the outputs are `in` where it is turned round.
-  void fill_weights(const T* from, bool last, bool turned, T* to) const {
+  void fill_weights(const float* from, bool last, bool turned, float* to) const {
     constexpr int64_t kChunk = 8;  // of `in`
-    const auto flip = DLOPS_SIMD(transpose, T, T);
-    const auto transform = DLOPS_SIMD(transform_weights, T);
+    const auto flip = DLOPS_SIMD(transpose, float, float);
+    const auto transform = DLOPS_SIMD(transform_weights, float);
     const int64_t chunks = ceil_div(p_.in, kChunk), size = 9 * kChunk * p_.out;
     at::parallel_for(0, p_.groups * chunks, grain(size * 4), [&](int64_t begin, int64_t end) {
-      Scratch scratch(Scratch::size<T>(size));
-      T* const space = scratch.take<T>(size);
+      Scratch scratch(Scratch::size<float>(size));
+      float* const space = scratch.take<float>(size);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t group = task / chunks, first = task % chunks * kChunk;
         const int64_t count = std::min(kChunk, p_.in - first);
         // All outputs of a cell and one of `in`: the first ones, and the steps to the next.
-        const T* cells = space;
+        const float* cells = space;
         int64_t next = p_.out, cell = p_.out;
         if (turned) {
-          const T* const rows = from + (group * p_.in + first) * p_.out * 9;
+          const float* const rows = from + (group * p_.in + first) * p_.out * 9;
           if (last) {
             cells = rows;
             next = 9 * p_.out;
@@ -137,7 +135,7 @@ class Winograd {
               flip(rows + i * next, 9, p_.out, 9, space + i * next, p_.out);
           }
         } else {
-          const T* const rows = from + group * p_.out * p_.in * 9;
+          const float* const rows = from + group * p_.out * p_.in * 9;
           if (last) {
             cell = count * p_.out;
             for (int64_t k = 0; k < 9; ++k)
@@ -181,12 +179,13 @@ class Winograd {
     for (int64_t o = 0; o < p_.out; o += kBlock) {
       const int64_t width = std::min(kBlock, p_.out - o);
       for (int64_t position = 0; position < kPositions; ++position) {
-        const Factors<T> factors{space.pixels + position * position_step(count * p_.in),
-                                 weights_.template const_data_ptr<T>() +
-                                     block_of_weights(task.group, o) +
-                                     position * position_step(p_.in * kBlock)};
+        const Factors<float> factors{space.pixels + position * position_step(count * p_.in),
+                                     weights_.const_data_ptr<float>() +
+                                         block_of_weights(task.group, o) +
+                                         position * position_step(p_.in * kBlock)};
         matmul_of_factors(count, width, p_.in, &factors, 1, {.lda = p_.in, .ldb = kBlock},
-                          space.sums + position * position_step(count * width), width, Addend<T>{});
+                          space.sums + position * position_step(count * width), width,
+                          Addend<float>{});
       }
       if (!write_block(task, {o, o + width}, count, space)) finite_ = false;
     }
@@ -194,18 +193,18 @@ class Winograd {
   }
 
   void read_pixels(const Task& task, const Space& space, int64_t count) const {
-    const auto transform = DLOPS_SIMD(transform_input, T);
+    const auto transform = DLOPS_SIMD(transform_input, float);
     const Interval rows = source_rows(task.rows);
     const int64_t c0 = task.group * p_.in;
     const int64_t step = source_.last ? source_.channels : p_.in;
-    const T* strip = space.strip;
-    T* to = space.pixels;
+    const float* strip = space.strip;
+    float* to = space.pixels;
     for (int64_t n = task.images.begin; n < task.images.end; ++n) {
-      const T* first = source_.last ? source_.at(n, c0, rows.begin, 0) : strip;
+      const float* first = source_.last ? source_.at(n, c0, rows.begin, 0) : strip;
       if (!source_.last) fill_strip(source_, n, {c0, c0 + p_.in}, rows, {0, p_.W}, space.strip);
       for (int64_t y = task.rows.begin; y < task.rows.end; ++y) {
         for (int64_t x = 0; x < p_.tiles_w(); ++x, to += p_.in) {
-          std::array<const T*, kPositions> pixels;
+          std::array<const float*, kPositions> pixels;
           for (int64_t i = 0; i < 4; ++i) {
             const int64_t h = 2 * y + i - p_.pad_top;
             for (int64_t j = 0; j < 4; ++j) {
@@ -223,21 +222,21 @@ class Winograd {
 
   // False where one of them is not finite.
   bool write_block(const Task& task, Interval block, int64_t count, const Space& space) const {
-    const auto transform = DLOPS_SIMD(transform_output, T);
+    const auto transform = DLOPS_SIMD(transform_output, float);
     const int64_t width = length(block), o0 = task.group * p_.out + block.begin;
     const Interval rows = result_rows(task.rows);
     const int64_t step = source_.last ? p_.groups * p_.out : p_.out;
-    const T* const bias = bias_ == nullptr ? nullptr : bias_ + o0;
-    const T* from = space.sums;
+    const float* const bias = bias_ == nullptr ? nullptr : bias_ + o0;
+    const float* from = space.sums;
     bool finite = true;
     for (int64_t n = task.images.begin; n < task.images.end; ++n) {
-      T* const first = source_.last ? result_ + (n * p_.height + rows.begin) * p_.width * step + o0
-                                    : space.result +
-                                          (n - task.images.begin) * length(rows) * p_.width * step +
-                                          block.begin;
+      float* const first =
+          source_.last ? result_ + (n * p_.height + rows.begin) * p_.width * step + o0
+                       : space.result + (n - task.images.begin) * length(rows) * p_.width * step +
+                             block.begin;
       for (int64_t y = 0; y < length(task.rows); ++y) {
         for (int64_t x = 0; x < p_.tiles_w(); ++x, from += width) {
-          std::array<T*, 4> outputs;
+          std::array<float*, 4> outputs;
           for (int64_t i = 0; i < 4; ++i) {
             const int64_t row = 2 * y + i / 2, col = 2 * x + i % 2;
             const bool inside = row < length(rows) && col < p_.width;
@@ -251,8 +250,8 @@ class Winograd {
     return finite;
   }
 
-  void turn_result(const Task& task, const T* from) const {
-    const auto flip = DLOPS_SIMD(transpose, T, T);
+  void turn_result(const Task& task, const float* from) const {
+    const auto flip = DLOPS_SIMD(transpose, float, float);
     const Interval rows = result_rows(task.rows);
     const int64_t pixels = length(rows) * p_.width, plane = p_.height * p_.width;
     for (int64_t n = task.images.begin; n < task.images.end; ++n, from += pixels * p_.out)
@@ -262,26 +261,21 @@ class Winograd {
 
   const Problem p_;
   const Cut cut_;
-  const ImageView<T> source_;
+  const ImageView<float> source_;
   at::Tensor weights_;
-  const T* bias_;
-  T* result_;
+  const float* bias_;
+  float* result_;
   std::atomic<bool> finite_ = true;
 };
 
 bool correlate(const Problem& p, const at::Tensor& source, const at::Tensor& weight, bool turned,
                const at::Tensor& bias, const at::Tensor& result, at::MemoryFormat format) {
-  bool finite = true;
-  AT_DISPATCH_FLOATING_TYPES(source.scalar_type(), "conv2d", [&] {
-    const ImageView<scalar_t> images{source.const_data_ptr<scalar_t>(), source.size(1),
-                                     source.size(2), source.size(3),
-                                     format == at::MemoryFormat::ChannelsLast};
-    finite = Winograd<scalar_t>(p, images, weight, turned,
-                                bias.defined() ? bias.const_data_ptr<scalar_t>() : nullptr,
-                                result.mutable_data_ptr<scalar_t>())
-                 .run();
-  });
-  return finite;
+  const ImageView<float> images{source.const_data_ptr<float>(), source.size(1), source.size(2),
+                                source.size(3), format == at::MemoryFormat::ChannelsLast};
+  return Winograd(p, images, weight, turned,
+                  bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+                  result.mutable_data_ptr<float>())
+      .run();
 }
 
 bool allows_winograd() {

@@ -107,7 +107,6 @@ bool transform_output(const T* sums, int64_t position, int64_t channels, const T
   template bool transform_output<DLOPS_CAPABILITY, T>(const T*, int64_t, int64_t, const T*,  \
                                                       T* const*);
 
-DLOPS_INSTANTIATE(double)
 DLOPS_INSTANTIATE(float)
 
 }  // namespace dlops::cpu
