@@ -215,13 +215,13 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
     planes_forward(g, dense, dense_weight(weight), sum_bias, result);
     return result.contiguous(format);
   }
-  if (takes_winograd(g, input.scalar_type()) &&
-      winograd_forward(g, dense, weight, sum_bias, result, computed)) {
-    return result.contiguous(format);
-  }
   if (takes_parts(input.scalar_type(), g.channels_per_group()) &&
       takes_strips(g, at::kBFloat16, computed) &&
       strips_forward_by_parts(g, dense, weight, sum_bias, result, computed)) {
+    return result.contiguous(format);
+  }
+  if (takes_winograd(g, input.scalar_type()) &&
+      winograd_forward(g, dense, weight, sum_bias, result, computed)) {
     return result.contiguous(format);
   }
   if (computed == at::MemoryFormat::Contiguous && takes_rows(g, input.scalar_type())) {
@@ -329,13 +329,13 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
       planes_grad_input(g, dense, dense_weight(weight), result)) {
     return result.contiguous(format);
   }
-  if (takes_winograd(g, grad_output.scalar_type()) &&
-      winograd_grad_input(g, dense, weight, result, computed)) {
-    return result.contiguous(format);
-  }
   if (takes_parts(grad_output.scalar_type(), g.outputs_per_group()) &&
       takes_strips(g, at::kBFloat16, computed) &&
       strips_grad_input_by_parts(g, dense, weight, result, computed)) {
+    return result.contiguous(format);
+  }
+  if (takes_winograd(g, grad_output.scalar_type()) &&
+      winograd_grad_input(g, dense, weight, result, computed)) {
     return result.contiguous(format);
   }
   // A few channels alone are too few columns of a product.
