@@ -1,4 +1,5 @@
-"""conv2d by Winograd's F(2x2, 3x3), which 3x3 kernels of stride 1 between many channels take."""
+"""conv2d by Winograd's F(2x2, 3x3) and F(3x3, 2x2), which 3x3 kernels of stride 1 between many
+channels take."""
 
 from __future__ import annotations
 
@@ -28,9 +29,11 @@ CASES = [
     Conv2dCase("no_padding", (3, 50, 10, 13), (70, 50, 3, 3)),
     Conv2dCase("wide_padding", (2, 64, 7, 9), (48, 64, 3, 3), padding=(2, 3)),
     Conv2dCase("groups", (2, 100, 11, 8), (130, 50, 3, 3), padding=1, groups=2),
-    Conv2dCase("blocks", (1, 65, 8, 8), (110, 65, 3, 3), padding=1),
+    Conv2dCase("blocks", (2, 65, 8, 8), (110, 65, 3, 3), padding=1),
     Conv2dCase("strips", (2, 64, 30, 41), (49, 64, 3, 3), padding=(1, 0)),
     Conv2dCase("many_weights", (1, 128, 20, 21), (127, 128, 3, 3), padding=1),
+    Conv2dCase("few_channels", (3, 32, 9, 11), (35, 32, 3, 3), padding=1),
+    Conv2dCase("sums_in_parts", (1, 136, 14, 16), (144, 136, 3, 3), padding=1),
     Conv2dCase("many_images", (13, 64, 8, 8), (64, 64, 3, 3), padding=1),
 ]
 cases = parametrize("case", CASES, ids=ids)
@@ -67,24 +70,35 @@ def test_native(case: Conv2dCase, layout: str) -> None:
 
 @pytest.mark.native
 @cases
+@layouts
 @parametrize("way", ["winograd", "direct"])
-def test_it_is_winograd(case: Conv2dCase, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2^-25 beside 1 does not survive the weight's transform, as it does in the definition."""
+def test_it_is_winograd(
+    case: Conv2dCase, layout: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2^-25 beside 1 does not survive the transforms, as it does in the definition."""
     monkeypatch.setenv("DLOPS_CPU_CONV2D", way)
-    image, weight, *_ = cast(case.tensors(normal), torch.float32)
-    image, weight = torch.zeros_like(image), torch.zeros_like(weight)
+    image = LAYOUTS[layout](torch.zeros(case.input))
+    weight = torch.zeros(case.weight)
     weight[0, 0, 1, 0], weight[0, 0, 1, 1] = 1, 2**-25
     image[0, 0, 4, 4] = 1
     arguments = case.arguments()
-    inputs = leaves([image, weight])
-    output = F.conv2d(*inputs, **{**arguments, "bias": None})
+    output = F.conv2d(image, weight, **arguments)
     assert output.max() == 1
     assert (output == 2**-25).any() == (way == "direct")
+    # Under the second and third cell of a row, whose sums share two of a tile's products.
+    pad_h, pad_w = case.padding if isinstance(case.padding, tuple) else (case.padding,) * 2
+    image[0, 0, 4, 4] = 0
+    image[0, 0, 5 - pad_h, 5 - pad_w : 7 - pad_w] = torch.tensor([1, 2**-25])
     grad = torch.zeros_like(output)
     grad[0, 0, 4, 4] = 1
-    (grad_input,) = torch.autograd.grad(output, inputs[:1], grad)
-    assert grad_input.max() == 1
+    inputs = leaves([image, weight])
+    output = F.conv2d(*inputs, **arguments)
+    grad_input, grad_weight = torch.autograd.grad(output, inputs, grad)
+    assert grad_input.max() == grad_weight.max() == 1
     assert (grad_input == 2**-25).any() == (way == "direct")
+    # Planes of few channels are rows of the direct products as they are, which is faster.
+    direct = way == "direct" or (layout == "contiguous" and case.weight[1] < 48)
+    assert (grad_weight == 2**-25).any() == direct
 
 
 @pytest.mark.invalid

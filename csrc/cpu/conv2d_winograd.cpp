@@ -10,7 +10,7 @@
 #include <string_view>
 
 #include "cpu/capability.h"
-#include "cpu/conv2d_strip_copies.h"
+#include "cpu/conv2d_winograd_tiles.h"
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
@@ -22,10 +22,6 @@ namespace {
 // Outputs at a time, whose sums stay in the second-level cache beside the transformed input.
 constexpr int64_t kBlock = 64;
 
-// The step from position to position for `count` numbers of each: one line of the cache more, so
-// that the positions of a tile do not all stand in the same places of the cache.
-inline int64_t position_step(int64_t count) { return ceil_div(count, 16) * 16 + 16; }
-
 // A correlation by 3x3 weights: result[y, x] sees the source from row y - pad_top and column x -
 // pad_left on.
 struct Problem {
@@ -36,29 +32,29 @@ struct Problem {
   int64_t tiles_w() const { return ceil_div(width, 2); }
 };
 
-// How the tiles are shared out: rows of them, of one image or of several. It depends on the shapes
-// alone.
-struct Cut {
-  int64_t images = 1, rows;
-  explicit Cut(const Problem& p) {
-    // Transformed pixels that fit half a second-level cache of 1 MiB, as float32.
-    const int64_t most = std::clamp<int64_t>(8 * 1024 / p.in, 16, 96);
-    const int64_t image = p.tiles_h() * p.tiles_w();
-    rows = std::clamp<int64_t>(most / p.tiles_w(), 1, p.tiles_h());
-    if (image > most) {
-      rows = ceil_div(p.tiles_h(), ceil_div(p.tiles_h(), rows));  // evenly
-    } else {
-      rows = p.tiles_h();
-      images = std::clamp<int64_t>(most / image, 1, p.images);
-    }
-  }
-};
+// Enough tasks to keep a few threads busy: strips of tiles, and blocks of outputs where these are
+// too few. An output is the same sum in whichever task.
+constexpr int64_t kTasks = 4;
+
+// Tiles whose pixels, transformed, fit half a second-level cache of 1 MiB, but enough of them to be
+// worth reading the weights.
+inline TileCut cut_of(const Problem& p) {
+  const int64_t all = p.images * p.groups * p.tiles_h() * p.tiles_w();
+  const int64_t each = ceil_div(all * ceil_div(p.out, kBlock), kTasks);
+  const int64_t fitting = std::clamp<int64_t>(8 * 1024 / p.in, 64, 96);
+  return {p.images, p.tiles_h(), p.tiles_w(), std::min(fitting, std::max<int64_t>(16, each))};
+}
 
 class Winograd {
  public:
   Winograd(const Problem& p, const ImageView<float>& source, const at::Tensor& weight, bool turned,
            const float* bias, float* result)
-      : p_(p), cut_(p), source_(source), bias_(bias), result_(result) {
+      : p_(p),
+        cut_(cut_of(p)),
+        source_(source, p.pad_top, p.pad_left, p.tiles_w()),
+        last_(source.last),
+        bias_(bias),
+        result_(result) {
     const int64_t blocks = ceil_div(p.out, kBlock);
     weights_ = at::empty({p.groups * blocks * kPositions * position_step(p.in * kBlock)},
                          weight.options());
@@ -70,9 +66,11 @@ class Winograd {
 
   bool run() {
     const int64_t strips = ceil_div(p_.tiles_h(), cut_.rows),
-                  parts = ceil_div(p_.images, cut_.images);
-    const int64_t work = tiles() * kPositions * p_.in * p_.out;
-    at::parallel_for(0, p_.groups * parts * strips, grain(work), [&](int64_t begin, int64_t end) {
+                  parts = ceil_div(p_.images, cut_.images), blocks = ceil_div(p_.out, kBlock);
+    const int64_t splits = std::min(blocks, ceil_div(kTasks, p_.groups * parts * strips));
+    const int64_t work = tiles() * kPositions * p_.in * p_.out / splits;
+    const int64_t tasks = p_.groups * parts * strips * splits;
+    at::parallel_for(0, tasks, grain(work), [&](int64_t begin, int64_t end) {
       Scratch scratch(Scratch::size<float>(strip_size()) + Scratch::size<float>(p_.in) +
                       Scratch::size<float>(kPositions * position_step(tiles() * p_.in)) +
                       Scratch::size<float>(kPositions * position_step(tiles() * block())) +
@@ -84,11 +82,16 @@ class Winograd {
       space.sums = scratch.take<float>(kPositions * position_step(tiles() * block()));
       space.result = scratch.take<float>(result_size());
       std::fill_n(space.zeros, p_.in, float(0));
-      for (int64_t i = begin; i < end && finite_; ++i) {
+      // Neighbouring splits share the transformed pixels.
+      for (int64_t task = begin, next; task < end && finite_; task = next) {
+        const int64_t i = task / splits, first = i * splits;
+        next = std::min(end, first + splits);
         const int64_t n = i / strips % parts * cut_.images, row = i % strips * cut_.rows;
         compute({i / strips / parts,
                  {n, std::min(p_.images, n + cut_.images)},
-                 {row, std::min(p_.tiles_h(), row + cut_.rows)}},
+                 {row, std::min(p_.tiles_h(), row + cut_.rows)},
+                 {(task - first) * blocks / splits * kBlock,
+                  std::min(p_.out, (next - first) * blocks / splits * kBlock)}},
                 space);
       }
     });
@@ -99,6 +102,7 @@ class Winograd {
   struct Task {
     int64_t group;
     Interval images, rows;  // of tiles
+    Interval outputs;       // of the group
   };
   struct Space {
     float *strip, *zeros, *pixels, *sums, *result;
@@ -111,7 +115,7 @@ class Winograd {
   }
   // `from` is (outputs, channels, 3, 3), dense; the outputs are `in` where it is turned round.
   void fill_weights(const float* from, bool last, bool turned, float* to) const {
-    constexpr int64_t kChunk = 8;  // of `in`
+    constexpr int64_t kChunk = 32;  // of `in`
     const auto flip = DLOPS_SIMD(transpose, float, float);
     const auto transform = DLOPS_SIMD(transform_weights, float);
     const int64_t chunks = ceil_div(p_.in, kChunk), size = 9 * kChunk * p_.out;
@@ -145,8 +149,8 @@ class Winograd {
             flip(rows + first * 9, 9 * p_.in, p_.out, count * 9, space, p_.out);
           }
         }
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t o = 0; o < p_.out; o += kBlock)
+        for (int64_t o = 0; o < p_.out; o += kBlock)
+          for (int64_t i = 0; i < count; ++i)
             transform(cells + i * next + o, cell, std::min(kBlock, p_.out - o), turned,
                       to + block_of_weights(group, o) + (first + i) * kBlock,
                       position_step(p_.in * kBlock));
@@ -156,17 +160,12 @@ class Winograd {
 
   int64_t tiles() const { return cut_.images * cut_.rows * p_.tiles_w(); }
   int64_t block() const { return std::min(kBlock, p_.out); }
-  int64_t strip_rows() const { return std::min(p_.H, 2 * cut_.rows + 2); }
-  int64_t strip_size() const {
-    return source_.last ? 0 : cut_.images * strip_rows() * p_.W * p_.in;
-  }
+  // Summed in registers before they join what was there: native's sums are shorter than many
+  // channels, too, and rounding errors grow with them.
+  int64_t terms() const { return p_.in <= 128 ? p_.in : 64; }
+  int64_t strip_size() const { return source_.strip_size(cut_.rows, p_.in); }
   int64_t result_size() const {
-    return source_.last ? 0 : cut_.images * 2 * cut_.rows * p_.width * p_.out;
-  }
-  // The source rows that rows of tiles see.
-  Interval source_rows(Interval rows) const {
-    const int64_t begin = std::clamp<int64_t>(2 * rows.begin - p_.pad_top, 0, p_.H);
-    return {begin, std::clamp<int64_t>(2 * rows.end + 2 - p_.pad_top, begin, p_.H)};
+    return last_ ? 0 : cut_.images * 2 * cut_.rows * p_.width * p_.out;
   }
   // The result's rows that they make.
   Interval result_rows(Interval rows) const {
@@ -176,47 +175,36 @@ class Winograd {
   void compute(const Task& task, const Space& space) {
     const int64_t count = length(task.images) * length(task.rows) * p_.tiles_w();
     read_pixels(task, space, count);
-    for (int64_t o = 0; o < p_.out; o += kBlock) {
-      const int64_t width = std::min(kBlock, p_.out - o);
+    for (int64_t o = task.outputs.begin; o < task.outputs.end; o += kBlock) {
+      const int64_t width = std::min(kBlock, task.outputs.end - o);
       for (int64_t position = 0; position < kPositions; ++position) {
-        const Factors<float> factors{space.pixels + position * position_step(count * p_.in),
-                                     weights_.const_data_ptr<float>() +
-                                         block_of_weights(task.group, o) +
-                                         position * position_step(p_.in * kBlock)};
-        matmul_of_factors(count, width, p_.in, &factors, 1, {.lda = p_.in, .ldb = kBlock},
-                          space.sums + position * position_step(count * width), width,
-                          Addend<float>{});
+        const float* const pixels = space.pixels + position * position_step(count * p_.in);
+        const float* const weights = weights_.const_data_ptr<float>() +
+                                     block_of_weights(task.group, o) +
+                                     position * position_step(p_.in * kBlock);
+        float* const sums = space.sums + position * position_step(count * width);
+        for (int64_t i = 0; i < p_.in; i += terms()) {
+          const Factors<float> factors{pixels + i, weights + i * kBlock};
+          matmul_of_factors(count, width, std::min(terms(), p_.in - i), &factors, 1,
+                            {.lda = p_.in, .ldb = kBlock}, sums, width,
+                            i == 0 ? Addend<float>{} : Addend<float>{sums, width});
+        }
       }
       if (!write_block(task, {o, o + width}, count, space)) finite_ = false;
     }
-    if (!source_.last) turn_result(task, space.result);
+    if (!last_) turn_result(task, space.result);
   }
 
   void read_pixels(const Task& task, const Space& space, int64_t count) const {
     const auto transform = DLOPS_SIMD(transform_input, float);
-    const Interval rows = source_rows(task.rows);
     const int64_t c0 = task.group * p_.in;
-    const int64_t step = source_.last ? source_.channels : p_.in;
-    const float* strip = space.strip;
     float* to = space.pixels;
     for (int64_t n = task.images.begin; n < task.images.end; ++n) {
-      const float* first = source_.last ? source_.at(n, c0, rows.begin, 0) : strip;
-      if (!source_.last) fill_strip(source_, n, {c0, c0 + p_.in}, rows, {0, p_.W}, space.strip);
-      for (int64_t y = task.rows.begin; y < task.rows.end; ++y) {
-        for (int64_t x = 0; x < p_.tiles_w(); ++x, to += p_.in) {
-          std::array<const float*, kPositions> pixels;
-          for (int64_t i = 0; i < 4; ++i) {
-            const int64_t h = 2 * y + i - p_.pad_top;
-            for (int64_t j = 0; j < 4; ++j) {
-              const int64_t w = 2 * x + j - p_.pad_left;
-              const bool inside = h >= 0 && h < p_.H && w >= 0 && w < p_.W;
-              pixels[static_cast<size_t>(4 * i + j)] =
-                  inside ? first + ((h - rows.begin) * p_.W + w) * step : space.zeros;
-            }
-          }
-          transform(pixels.data(), p_.in, to, position_step(count * p_.in));
-        }
-      }
+      source_.read(n, {c0, c0 + p_.in}, task.rows, space.strip, space.zeros,
+                   [&](const float* const* pixels) {
+                     transform(pixels, p_.in, to, position_step(count * p_.in));
+                     to += p_.in;
+                   });
     }
   }
 
@@ -225,15 +213,15 @@ class Winograd {
     const auto transform = DLOPS_SIMD(transform_output, float);
     const int64_t width = length(block), o0 = task.group * p_.out + block.begin;
     const Interval rows = result_rows(task.rows);
-    const int64_t step = source_.last ? p_.groups * p_.out : p_.out;
+    const int64_t step = last_ ? p_.groups * p_.out : p_.out;
     const float* const bias = bias_ == nullptr ? nullptr : bias_ + o0;
     const float* from = space.sums;
     bool finite = true;
     for (int64_t n = task.images.begin; n < task.images.end; ++n) {
-      float* const first =
-          source_.last ? result_ + (n * p_.height + rows.begin) * p_.width * step + o0
-                       : space.result + (n - task.images.begin) * length(rows) * p_.width * step +
-                             block.begin;
+      float* const first = last_ ? result_ + (n * p_.height + rows.begin) * p_.width * step + o0
+                                 : space.result +
+                                       (n - task.images.begin) * length(rows) * p_.width * step +
+                                       block.begin;
       for (int64_t y = 0; y < length(task.rows); ++y) {
         for (int64_t x = 0; x < p_.tiles_w(); ++x, from += width) {
           std::array<float*, 4> outputs;
@@ -254,14 +242,17 @@ class Winograd {
     const auto flip = DLOPS_SIMD(transpose, float, float);
     const Interval rows = result_rows(task.rows);
     const int64_t pixels = length(rows) * p_.width, plane = p_.height * p_.width;
-    for (int64_t n = task.images.begin; n < task.images.end; ++n, from += pixels * p_.out)
-      flip(from, p_.out, pixels, p_.out,
-           result_ + (n * p_.groups + task.group) * p_.out * plane + rows.begin * p_.width, plane);
+    for (int64_t n = task.images.begin; n < task.images.end; ++n, from += pixels * p_.out) {
+      const int64_t channel = (n * p_.groups + task.group) * p_.out + task.outputs.begin;
+      flip(from + task.outputs.begin, p_.out, pixels, length(task.outputs),
+           result_ + channel * plane + rows.begin * p_.width, plane);
+    }
   }
 
   const Problem p_;
-  const Cut cut_;
-  const ImageView<float> source_;
+  const TileCut cut_;
+  const Tiles<4> source_;
+  const bool last_;  // channels_last
   at::Tensor weights_;
   const float* bias_;
   float* result_;
@@ -286,20 +277,29 @@ bool allows_winograd() {
   return value == "winograd";
 }
 
+// Whether it is a convolution by 3x3 kernels of stride 1, with so many channels and outputs.
+bool takes(const Conv2dGeometry& g, at::ScalarType dtype, int64_t least, int64_t most) {
+  const auto serve = [&](int64_t channels) { return channels >= least && channels <= most; };
+  return dtype == at::kFloat && g.R == 3 && g.S == 3 && g.stride_h == 1 && g.stride_w == 1 &&
+         g.dilation_h == 1 && g.dilation_w == 1 && serve(g.channels_per_group()) &&
+         serve(g.outputs_per_group()) && allows_winograd();
+}
+
+int64_t tiles_of_image(const Conv2dGeometry& g) { return ceil_div(g.OH, 2) * ceil_div(g.OW, 2); }
+
 }  // namespace
 
 bool takes_winograd(const Conv2dGeometry& g, at::ScalarType dtype) {
-  // Few channels make thin products, many long sums beside native's and weights that take more to
-  // transform than the tiles of an image save. Of one image: what is done to it must not depend on
-  // how many there are.
-  constexpr int64_t kLeastChannels = 48, kMostChannels = 128, kLeastTiles = 16;
-  const auto serve = [&](int64_t channels) {
-    return channels >= kLeastChannels && channels <= kMostChannels;
-  };
-  return dtype == at::kFloat && g.R == 3 && g.S == 3 && g.stride_h == 1 && g.stride_w == 1 &&
-         g.dilation_h == 1 && g.dilation_w == 1 && serve(g.channels_per_group()) &&
-         serve(g.outputs_per_group()) && ceil_div(g.OH, 2) * ceil_div(g.OW, 2) >= kLeastTiles &&
-         allows_winograd();
+  // Few channels make thin products, and many weights take more to transform than the tiles of an
+  // image save. Of one image: what is done to it must not depend on how many there are.
+  const int64_t weights = g.channels_per_group() * g.outputs_per_group();
+  return takes(g, dtype, 32, 256) && tiles_of_image(g) >= std::max<int64_t>(16, weights / 1536);
+}
+
+bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryFormat format) {
+  // Few channels or tiles make thin products.
+  const int64_t least = format == at::MemoryFormat::ChannelsLast ? 32 : 48;
+  return takes(g, dtype, least, 256) && g.N * tiles_of_image(g) >= 32;
 }
 
 bool winograd_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,

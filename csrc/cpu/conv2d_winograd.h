@@ -1,9 +1,10 @@
 // Convolution by 3x3 kernels of stride 1 as Winograd's F(2x2, 3x3): 16 products of matrices for
 // four outputs where the definition takes 36, behind transforms of the input, the weight and the
 // products (simd/conv2d_winograd.h). The gradient of the input is one, too, with the weight turned
-// round. Its errors are about as large as those of the long sums: coefficients are 1 and 1/2. But
-// they are a share of what is in a tile of 4x4 pixels, not in a window alone: beside a number that
-// is a million times as large, a small one keeps no digits.
+// round, and the gradient of the weight is F(3x3, 2x2). Its errors are about as large as those of
+// the long sums: coefficients are 1 and 1/2. But they are a share of what is in a tile of 4x4
+// pixels, not in a window alone: beside a number that is a million times as large, a small one
+// keeps no digits.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,6 +16,7 @@ namespace dlops::cpu {
 // Whether this kernel takes a convolution of this type: where it gains, and DLOPS_CPU_CONV2D=direct
 // does not forbid it.
 bool takes_winograd(const Conv2dGeometry& g, at::ScalarType dtype);
+bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryFormat format);
 
 // All are dense in the given memory format. False, and the result is not worked out, where a number
 // is not finite: the transforms would spread it over its tile.
@@ -23,5 +25,8 @@ bool winograd_forward(const Conv2dGeometry& g, const at::Tensor& input, const at
 bool winograd_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input,
                          at::MemoryFormat format);
+bool winograd_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                          const at::Tensor& input, const at::Tensor& grad_weight,
+                          at::MemoryFormat format);
 
 }  // namespace dlops::cpu

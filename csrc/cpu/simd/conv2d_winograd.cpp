@@ -15,6 +15,14 @@ void for_each_vector(int64_t count, const F& f) {
     f(i, std::min<int64_t>(count - i, Vec<T>::size()));
 }
 
+template <class V>
+bool is_zero(const V& vector) {
+  using T = typename V::value_type;
+  T numbers[V::size()];
+  vector.store(numbers);
+  return std::all_of(numbers, numbers + V::size(), [](T x) { return x == T(0); });
+}
+
 // G x of three numbers.
 template <class V>
 void expand(const V& a, const V& b, const V& c, V* to, int step) {
@@ -23,6 +31,22 @@ void expand(const V& a, const V& b, const V& c, V* to, int step) {
   to[step] = sum + middle;
   to[2 * step] = sum - middle;
   to[3 * step] = c;
+}
+
+// The positions of the 2x2 gradients a b, c d.
+template <class T, class V = Vec<T>>
+void store_grad(const V& a, const V& b, const V& c, const V& d, T* to, int64_t position,
+                int64_t some) {
+  const auto row = [&](const V& left, const V& right, T* first) {
+    store(left, first, some);
+    store(left + right, first + position, some);
+    store(left - right, first + 2 * position, some);
+    store(right, first + 3 * position, some);
+  };
+  row(a, b, to);
+  row(a + c, b + d, to + 4 * position);
+  row(a - c, b - d, to + 8 * position);
+  row(c, d, to + 12 * position);
 }
 
 }  // namespace
@@ -95,15 +119,72 @@ bool transform_output(const T* sums, int64_t position, int64_t channels, const T
       finish(right, outputs[2 * j + 1]);
     }
   });
-  T numbers[Vec<T>::size()];
-  nothing.store(numbers);
-  return std::all_of(numbers, numbers + Vec<T>::size(), [](T x) { return x == T(0); });
+  return is_zero(nothing);
+}
+
+template <int capability, class T>
+void transform_grad(const T* const* pixels, int64_t channels, T* to, int64_t position) {
+  for_each_vector<T>(channels, [&](int64_t i, int64_t some) {
+    const auto pixel = [&](int k) { return load<T>(pixels[k] + i, some); };
+    store_grad(pixel(0), pixel(1), pixel(2), pixel(3), to + i, position, some);
+  });
+}
+
+template <int capability, class T>
+void transform_grad_rows(const T* first, const T* second, int64_t width, T* to, int64_t position) {
+  using V = Vec<T>;
+  const auto pairs = [](const T* row, int64_t count) {
+    if (row == nullptr || count <= 0) return std::pair{V(T(0)), V(T(0))};
+    const V low = load<T>(row, count);
+    return at::vec::deinterleave2(
+        low, count > V::size() ? load<T>(row + V::size(), count - V::size()) : V(T(0)));
+  };
+  for_each_vector<T>((width + 1) / 2, [&](int64_t i, int64_t some) {
+    const auto [a, b] = pairs(first + 2 * i, width - 2 * i);
+    const auto [c, d] = pairs(second == nullptr ? nullptr : second + 2 * i, width - 2 * i);
+    store_grad(a, b, c, d, to + i, position, some);
+  });
+}
+
+template <int capability, class T>
+bool transform_grad_weight(const T* sums, int64_t position, int64_t channels, T* cells) {
+  using V = Vec<T>;
+  V nothing(T(0));
+  const V half(T(0.5));
+  for_each_vector<T>(channels, [&](int64_t i, int64_t some) {
+    V rows[12];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const auto row = [&](int k) { return load<T>(sums + (4 * k + j) * position + i, some); };
+      const V b = row(1), c = row(2), both = (b + c) * half;
+      rows[j] = row(0) + both;
+      rows[4 + j] = (b - c) * half;
+      rows[8 + j] = both - row(3);
+    }
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      const V* const row = rows + 4 * j;
+      const V both = (row[1] + row[2]) * half;
+      const auto finish = [&](const V& value, int k) {
+        store(value, cells + (3 * j + k) * channels + i, some);
+        nothing = nothing + value * V(T(0));
+      };
+      finish(row[0] + both, 0);
+      finish((row[1] - row[2]) * half, 1);
+      finish(both - row[3], 2);
+    }
+  });
+  return is_zero(nothing);
 }
 
 #define DLOPS_INSTANTIATE(T)                                                                 \
   template void transform_weights<DLOPS_CAPABILITY, T>(const T*, int64_t, int64_t, bool, T*, \
                                                        int64_t);                             \
   template void transform_input<DLOPS_CAPABILITY, T>(const T* const*, int64_t, T*, int64_t); \
+  template void transform_grad<DLOPS_CAPABILITY, T>(const T* const*, int64_t, T*, int64_t);  \
+  template void transform_grad_rows<DLOPS_CAPABILITY, T>(const T*, const T*, int64_t, T*,    \
+                                                         int64_t);                           \
+  template bool transform_grad_weight<DLOPS_CAPABILITY, T>(const T*, int64_t, int64_t, T*);  \
   template bool transform_output<DLOPS_CAPABILITY, T>(const T*, int64_t, int64_t, const T*,  \
                                                       T* const*);
 
