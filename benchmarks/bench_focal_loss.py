@@ -14,6 +14,7 @@ import dlops.functional
 from .harness import Case, Problem, Work
 
 SHAPES = [(128, 10), (65536, 80), (16384, 1000)]
+MOST_CLASSES = (512, 200_000)  # of a full run
 
 Loss = Callable[..., Tensor]
 # op: native, dlops. Everything is reduced to its mean, as in training.
@@ -28,8 +29,9 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
 
 
 def cases(scope: str, compiled: bool = True) -> Iterator[Case]:
+    shapes = {"quick": SHAPES[:1], "full": [*SHAPES, MOST_CLASSES]}.get(scope, SHAPES)
     for op in LOSSES:
-        for rows, classes in SHAPES[:1] if scope == "quick" else SHAPES:
+        for rows, classes in shapes:
             build = partial(problem, op, rows, classes, compiled)
             yield Case(op, f"{rows}x{classes}", "", build)
 

@@ -22,7 +22,7 @@ def context(device: torch.device) -> dict[str, Any]:
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", *apart)
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": os.environ.get("DLOPS_COMMIT") or _git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,

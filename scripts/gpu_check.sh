@@ -1,29 +1,36 @@
 #!/usr/bin/env bash
 # Settles on a machine with a GPU what a machine without one cannot: builds dlops with CUDA, runs the
 # GPU tests, the op tests on the CPU, compute-sanitizer and the benchmarks. Needs no network: python3
-# with torch, nvcc, ninja, pytest and hypothesis must be there. Ends within ten minutes; a step that
-# fails or runs out of time does not stop the others. Exits with 1 where any of them did.
+# with torch, torchvision, numpy, setuptools, ninja, pytest, pytest-xdist, hypothesis, matplotlib,
+# and nvcc must be there. Ends within ten minutes; a step that fails or runs out of time does not
+# stop the others. Exits with 1 where any of them did.
 #
-#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks] [implicit_gemm] [hopper]
+#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks] [losses] [implicit_gemm] [hopper]
 #                                                                                    (default: all)
 #
-# implicit_gemm, hopper: the benchmarks of convolution without a column matrix, hopper's those by
-# wgmma and by the TMA. Each part leaves eight files at most.
+# All of it takes longer than that on most machines: call it for the first three, whose build the
+# later calls find, and then for each of the others. Each call leaves eight files at most.
+#
+#   benchmarks               the default kernels against native
+#   losses                   the losses against torch.compile, too, with 200,000 classes
+#   implicit_gemm, hopper    convolution without a column matrix; hopper's by wgmma and by the TMA
 #
 #   OUT=folder               where the results go (default benchmarks/results)
+#   DLOPS_COMMIT=hash        what the results belong to, where the sources came without git
 #   PYTHON=path              the Python to use (default python3)
 #   TORCH_CUDA_ARCH_LIST     what to build for (default 9.0a)
 #   GPU_CHECK_SECONDS        time for everything (default 570)
 #
-# Writes gpu_check.json (steps, tests, machine), gpu_check.log (what each step printed) and, for each
-# dtype, the benchmarks' table as JSON and picture.
+# Writes gpu_check-PARTS.json (steps, tests, machine), gpu_check-PARTS.log (what each step printed) and,
+# for each dtype, the benchmarks' table as JSON and picture.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 out=$(realpath -m "${OUT:-$root/benchmarks/results}")
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
 deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
-wanted=${*:-build tests sanitizers benchmarks implicit_gemm hopper}
+wanted=${*:-build tests sanitizers benchmarks losses implicit_gemm hopper}
+report=$out/gpu_check-$(tr ' ' - <<< "${*:-all}")
 work=$root/build/gpu_check
 site=$work/site
 logs=$work/logs
@@ -85,8 +92,8 @@ check_sanitizer() {
 }
 
 summary() {
-  "$python" - "$logs" "$out/gpu_check.json" "$root" << 'PY'
-import json, platform, subprocess, sys
+  "$python" - "$logs" "$report.json" "$root" << 'PY'
+import json, os, platform, subprocess, sys
 import xml.etree.ElementTree as xml
 from datetime import datetime, timezone
 from pathlib import Path
@@ -104,7 +111,7 @@ suites = {file.stem: next(xml.parse(file).iter("testsuite")) for file in sorted(
 lines = (logs / "steps.tsv").read_text().splitlines()
 results = {
     "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    "commit": said("git", "-C", str(root), "rev-parse", "HEAD"),
+    "commit": os.environ.get("DLOPS_COMMIT") or said("git", "-C", str(root), "rev-parse", "HEAD"),
     "python": platform.python_version(),
     "versions": said(sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"),
     "nvcc": (said("nvcc", "--version") or "").splitlines()[-2:-1],
@@ -149,8 +156,11 @@ if wants tests; then
   step gpu_hopper 280 bash -c 'run_pytest gpu_hopper "$root/tests/gpu/test_implicit_gemm.py" \
     -k "hopper or boxes or wgmma"' &
   step gpu_modes 280 bash -c 'run_pytest gpu_modes "$root/tests/gpu/test_modes.py"' &
-  DLOPS_CUDA_CONV2D=implicit_gemm step gpu_execution_implicit_gemm 280 bash -c \
-    'run_pytest gpu_execution_implicit_gemm "$root/tests/gpu/test_execution.py" -k conv' &
+  # One after the other: each wants tens of gigabytes.
+  for way in implicit_gemm implicit_gemm_wgmma implicit_gemm_tma; do
+    DLOPS_CUDA_CONV2D=$way step "gpu_execution_$way" 100 bash -c \
+      "run_pytest gpu_execution_$way \"\$root/tests/gpu/test_execution.py\" -k conv"
+  done &
   step gpu_execution 280 bash -c 'run_pytest gpu_execution "$root/tests/gpu/test_execution.py"' &
   for name in conv2d unfold max_pool2d sigmoid_focal_loss focal_loss; do
     step "cpu_$name" 280 bash -c "run_pytest cpu_$name \"\$root/tests/test_$name.py\"" &
@@ -166,11 +176,15 @@ benchmark() {
   local name=$1
   shift
   step "benchmarks_$name" 240 bash -c "installed \"\$python\" -m benchmarks --device cuda $* \
-    --seconds 0.1 --no-compile --out $(printf %q "$out")/gpu-$name"
+    --seconds 0.1 --out $(printf %q "$out")/gpu-$name"
 }
 if wants benchmarks; then
-  benchmark bfloat16 --dtype bfloat16
-  benchmark float32 --dtype float32
+  benchmark bfloat16 --dtype bfloat16 --no-compile
+  benchmark float32 --dtype float32 --no-compile
+fi
+if wants losses; then
+  benchmark losses-bfloat16 --dtype bfloat16 --only focal_loss --full
+  benchmark losses-float32 --dtype float32 --only focal_loss --full
 fi
 if wants implicit_gemm; then
   DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-bfloat16 --dtype bfloat16 --only conv2d
@@ -186,12 +200,12 @@ for log in "$logs"/*.log "$logs"/sanitizer_*.txt; do
   [ -f "$log" ] || continue
   printf '\n======== %s\n' "$(basename "$log" .log)"
   tail -c 60000 "$log"
-done > "$out/gpu_check.log"
+done > "$report.log"
 echo
 summary
 failed=$(grep -vc $'\tpassed\t' "$logs/steps.tsv")
 if ((failed > 0)); then
-  echo "$failed steps did not pass; $out/gpu_check.log says why:"
+  echo "$failed steps did not pass; $report.log says why:"
   grep -v $'\tpassed\t' "$logs/steps.tsv" | while IFS=$'\t' read -r name status _; do
     printf '\n---- %s: %s\n' "$name" "$status"
     if [ -f "$logs/$name.log" ]; then tail -n 15 "$logs/$name.log"; fi

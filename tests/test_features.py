@@ -533,8 +533,9 @@ torch {torch} and torchvision {torchvision} on the CPU.
 Compiled code (Inductor, AOTInductor), hooks, pruning, parametrizations and files are shown by
 [test_compose.py](../tests/test_compose.py), whole networks by
 [test_networks.py](../tests/test_networks.py), DataParallel and DistributedDataParallel by
-[test_distributed.py](../tests/test_distributed.py). CUDA graphs and the same list on a GPU are in
-[tests/gpu](../tests/gpu); [GPU.md](../benchmarks/results/GPU.md) says what of that has run.
+[test_distributed.py](../tests/test_distributed.py). CUDA graphs, autocast, compiled
+code and DataParallel on a GPU are in [tests/gpu](../tests/gpu);
+[GPU.md](../benchmarks/results/GPU.md) says what of that has run.
 """
 
 

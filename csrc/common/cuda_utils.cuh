@@ -1,9 +1,10 @@
 // What every CUDA op launches with: a functor called once per index, on the current stream, with
 // 64-bit indices.
 //
-// Only this header, cuda/sum.cuh and cuda/rows.cuh know about blocks and threads. A plain C++
-// compiler takes their counterparts from host_launch.h, which the tests bring along: then the same
-// functors and launchers run on the host, and are tested on machines that have no GPU.
+// Only this header, cuda/sum.cuh, cuda/rows.cuh and, for matrix products, cuda/block.cuh and what
+// it includes know about blocks and threads. A plain C++ compiler takes their counterparts from
+// host_launch.h and host_block.h, which the tests bring along: then the same functors and launchers
+// run on the host, and are tested on machines that have no GPU.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,9 +1,10 @@
 // A block of threads that works in phases: what every thread does, what every warp does together,
 // and the barriers in between, on tiles that arrive in shared memory while the block computes.
 //
-// Nothing else in the kernels of matrix products knows of threadIdx or of instructions. A plain C++
-// compiler takes the block of host_launch.h, whose threads take turns and whose copies arrive when
-// they like, so that the kernels run under the op tests without a GPU.
+// But for wgmma.cuh and tma.cuh nothing else in the kernels of matrix products knows of threadIdx
+// or of instructions. A plain C++ compiler takes the block of host_block.h, whose threads take
+// turns and whose copies arrive when they like, so that the kernels run under the op tests without
+// a GPU.
 #pragma once
 
 #include "common/cuda_utils.cuh"

@@ -40,10 +40,16 @@ bool has_tensor_cores() {
 #endif
 }
 
+// As matrix products, by either of torch's switches: allowTF32CuBLAS() raises where only the newer
+// one, torch.backends.cuda.matmul.fp32_precision, was used.
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 bool has_dtype(const at::Tensor& tensor) {
   const at::ScalarType dtype = tensor.scalar_type();
-  return dtype == at::kBFloat16 || dtype == at::kHalf ||
-         (dtype == at::kFloat && at::globalContext().allowTF32CuBLAS());
+  return dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kFloat && allows_tf32());
 }
 
 // Whether every position within an image, and every row of the column matrix, is a 32-bit number,

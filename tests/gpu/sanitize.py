@@ -44,7 +44,7 @@ def main() -> None:
         run(convolutions, torch.bfloat16)
         os.environ["DLOPS_CUDA_CONV2D"] = "implicit_gemm_tma"
         for dtype in (torch.float32, torch.bfloat16):
-            run([conv2d(case) for case in BOXES[:1]], dtype)
+            run([conv2d(case) for case in BOXES if case.id in ("boxes", "far_boxes")], dtype)
     torch.cuda.synchronize()
     print("sanitize: done")
 

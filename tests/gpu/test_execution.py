@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import process
@@ -44,6 +45,24 @@ LARGE = [
     ),
 ]
 large = parametrize("problem", LARGE, ids=lambda problem: problem.id)
+# What bfloat16 goes by, kernels of their own or other products, is convolution's alone.
+large_of_dtypes = parametrize(
+    "problem, dtype",
+    [
+        pytest.param(problem, dtype, id=f"{problem.id} {str(dtype).removeprefix('torch.')}")
+        for problem in LARGE
+        for dtype in (torch.float32, torch.bfloat16)[: 2 if "conv2d" in problem.id else 1]
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def _tf32() -> Iterator[None]:
+    """float32 goes by the tensor cores where DLOPS_CUDA_CONV2D asks for them."""
+    by_tensor_cores = os.environ.get("DLOPS_CUDA_CONV2D", "im2col") != "im2col"
+    torch.set_float32_matmul_precision("high" if by_tensor_cores else "highest")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 def inputs_of(problem: Problem, dtype: torch.dtype = torch.float32) -> list[Tensor | None]:
@@ -58,9 +77,9 @@ def test_same_bits_on_every_run(problem: Problem, dtype: torch.dtype) -> None:
     check_same_bits([values_and_gradients(problem.ours, inputs) for _ in range(5)])
 
 
-@large
-def test_never_waits_for_the_device(problem: Problem) -> None:
-    inputs = inputs_of(problem)
+@large_of_dtypes
+def test_never_waits_for_the_device(problem: Problem, dtype: torch.dtype) -> None:
+    inputs = inputs_of(problem, dtype)
     leaves = [x for x in inputs if x is not None and x.is_floating_point()]
     for x in leaves:
         x.requires_grad_()
@@ -72,10 +91,10 @@ def test_never_waits_for_the_device(problem: Problem) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@large
-def test_runs_on_the_current_stream(problem: Problem) -> None:
+@large_of_dtypes
+def test_runs_on_the_current_stream(problem: Problem, dtype: torch.dtype) -> None:
     """Inputs that come late on a stream of their own are waited for."""
-    inputs = inputs_of(problem)
+    inputs = inputs_of(problem, dtype)
     expected = values_and_gradients(problem.ours, inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -90,10 +109,10 @@ def test_runs_on_the_current_stream(problem: Problem) -> None:
     check_same_bits([expected, results])
 
 
-@large
-def test_cuda_graph(problem: Problem) -> None:
+@large_of_dtypes
+def test_cuda_graph(problem: Problem, dtype: torch.dtype) -> None:
     """Forward and backward captured once give on new inputs what a plain call gives."""
-    inputs = inputs_of(problem)
+    inputs = inputs_of(problem, dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -195,10 +214,12 @@ def test_unfold_to_more_than_2_31_elements() -> None:
     assert not columns[0].any()
 
 
-def test_convolution_of_more_than_2_31_elements() -> None:
+@parametrize("channels, size", [(16, 512), (64, 256)])
+def test_convolution_of_more_than_2_31_elements(channels: int, size: int) -> None:
     room_for(32)
-    x = large_images((OVER // (16 * 512 * 512) + 1, 16, 512, 512), torch.bfloat16).requires_grad_()
-    weight = normal((16, 16, 3, 3), 2).to(DEVICE, torch.bfloat16)
+    images = OVER // (channels * size * size) + 1
+    x = large_images((images, channels, size, size), torch.bfloat16).requires_grad_()
+    weight = normal((channels, channels, 3, 3), 2).to(DEVICE, torch.bfloat16)
     output = F.conv2d(x, weight, padding=1)
     assert output.numel() > 2**31
     expected = F.conv2d(x[-1:].detach(), weight, padding=1)

@@ -46,45 +46,55 @@ dtypes = parametrize("dtype", DTYPES, ids=ids)
 different = parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[::2], ids=ids)
 different_low = parametrize("dtype", LOW_PRECISION[: 2 if DEVICE == "cuda" else 1], ids=ids)
 
-# Images with enough pixels for large tiles; on the host few are enough (test_on_host.py).
-N, H, W = (3, 107, 106) if DEVICE == "cuda" else (1, 33, 32)
-# Whole tiles and their ends in every direction, columns copied by 16 bytes and gathered one by one,
-# channels that fill whole copies and that do not, many tiles and few, one part of the pixels and
-# many.
-TILES = [
-    Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
-    Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
-    Conv2dCase("large_tiles", (N, 24, H, W), (136, 24, 3, 3)),
-    Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 1)),
-    Conv2dCase("large_groups", (N, 48, H, W), (144, 24, 1, 2), padding=(0, 1), groups=2),
-    Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
-    Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (2, 6), 5, (2, 3)),
-    Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 3)),
-    Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
-    Conv2dCase("filled_up_groups", (2, 36, 9, 10), (30, 12, 3, 3), padding=1, groups=3),
-    Conv2dCase("first_layer", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
-    Conv2dCase("first_layer_large", (N, 3, H, W), (40, 3, 3, 3)),
-    Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), groups=3),
-    Conv2dCase("too_many_taps_to_gather", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
-    Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
-]
-# Whole boxes of 64 channels and their ends, several images, every reason for a box to be cut off,
-# the most that a box can reach and more.
-N, H, W, FAR = (4, 92, 93, 24) if DEVICE == "cuda" else (3, 19, 18, 6)
-# These are copied, on the host an image at a time.
-COPIED = (H, W) if DEVICE == "cuda" else (3 * H, 2 * W)
-BOXES = [
-    Conv2dCase("boxes", (N, 64, H, W), (144, 64, 3, 3), padding=1),
-    Conv2dCase("filled_up_boxes", (N, 100, *COPIED), (50, 100, 3, 2), padding=(0, 1)),
-    Conv2dCase("boxes_of_groups", (N, 128, H, W), (256, 64, 2, 3), padding=1, groups=2),
-    Conv2dCase("boxes_without_window", (N, 56, H, W), (136, 56, 1, 1)),
-    Conv2dCase("wide_boxes", (N, 48, 2 * H, 3 * W), (128, 48, 3, 4), (2, 3), (2, 1), (2, 1)),
-    Conv2dCase("boxes_past_kernel", (N, 64, 2 * H, 2 * W), (128, 64, 1, 1), stride=2),
-    Conv2dCase("boxes_of_stride_8", (N, 64, H, 8 * W), (128, 64, 1, 2), stride=(1, 8)),
-    Conv2dCase("far_boxes", (3 * N, 48, FAR, 151), (128, 48, 1, 3), 1, (0, 60), (1, 64)),
-    Conv2dCase("farthest_boxes", (N, 64, FAR, 300), (128, 64, 1, 2), 1, (0, 127), (1, 255)),
-    Conv2dCase("too_far_for_boxes", (N, 64, 4 * FAR, 300), (128, 64, 1, 3), (1, 2), 0, (1, 128)),
-]
+
+def tile_cases(N: int, H: int, W: int) -> list[Conv2dCase]:
+    """Whole tiles and their ends in every direction, columns copied by 16 bytes and gathered one by
+    one, channels that fill whole copies and that do not, one part of the pixels and many; images
+    with pixels enough for large tiles, and others."""
+    return [
+        Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
+        Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
+        Conv2dCase("large_tiles", (N, 24, H, W), (136, 24, 3, 3)),
+        Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 1)),
+        Conv2dCase("large_groups", (N, 48, H, W), (144, 24, 1, 2), padding=(0, 1), groups=2),
+        Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
+        Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (2, 6), 5, (2, 3)),
+        Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 3)),
+        Conv2dCase("wide_groups", (2, 48, 9, 10), (72, 16, 3, 3), padding=1, groups=3),
+        Conv2dCase("filled_up_groups", (2, 36, 9, 10), (30, 12, 3, 3), padding=1, groups=3),
+        Conv2dCase("first_layer", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
+        Conv2dCase("large_first_layer", (N, 3, H, W), (40, 3, 3, 3), padding=1),
+        Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), 3),
+        Conv2dCase("too_many_taps_to_gather", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
+        Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
+    ]
+
+
+def box_cases(N: int, H: int, W: int, far: int, copied: tuple[int, int]) -> list[Conv2dCase]:
+    """Whole boxes of 64 channels and their ends, several images, every reason for a box to be cut
+    off, the most that a box can reach and more. `copied`: images that are copied, on the host one
+    at a time."""
+    return [
+        Conv2dCase("boxes", (N, 64, H, W), (144, 64, 3, 3), padding=1),
+        Conv2dCase("filled_up_boxes", (N, 100, *copied), (50, 100, 3, 2), padding=(0, 1)),
+        Conv2dCase("boxes_of_groups", (N, 128, H, W), (256, 64, 2, 3), padding=1, groups=2),
+        Conv2dCase("boxes_without_window", (N, 56, H, W), (136, 56, 1, 1)),
+        Conv2dCase("wide_boxes", (N, 48, 2 * H, 3 * W), (128, 48, 3, 4), (2, 3), (2, 1), (2, 1)),
+        Conv2dCase("boxes_past_kernel", (N, 64, 2 * H, 2 * W), (128, 64, 1, 1), stride=2),
+        Conv2dCase("boxes_of_stride_8", (N, 64, H, 8 * W), (128, 64, 1, 2), stride=(1, 8)),
+        Conv2dCase("far_boxes", (3 * N, 48, far, 151), (128, 48, 1, 3), 1, (0, 60), (1, 64)),
+        Conv2dCase("farthest_boxes", (N, 64, far, 300), (128, 64, 1, 2), 1, (0, 127), (1, 255)),
+        Conv2dCase(
+            "too_far_for_boxes", (N, 64, 4 * far, 400), (128, 64, 1, 3), (1, 2), 0, (1, 128)
+        ),
+    ]
+
+
+# On the host, where eight tiles are enough for large ones (test_on_host.py), small images are.
+ENOUGH_TILES = 264
+GPU_TILES, GPU_BOXES = tile_cases(3, 107, 106), box_cases(4, 92, 93, 30, (92, 93))
+TILES = GPU_TILES if DEVICE == "cuda" else tile_cases(1, 33, 32)
+BOXES = GPU_BOXES if DEVICE == "cuda" else box_cases(3, 19, 18, 6, (3 * 19, 2 * 18))
 # Without products: vectors of channels, four planes at a time and what is left of them.
 DEPTHWISE = [
     Conv2dCase("depthwise_vectors", (3, 24, 9, 10), (24, 1, 3, 3), padding=1, groups=24),
@@ -99,10 +109,9 @@ CASES = [*CONV2D, *TILES, *DEPTHWISE]
 def implicit_gemm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """float32 goes by tensor cores too."""
     monkeypatch.setenv("DLOPS_CUDA_CONV2D", "implicit_gemm")
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")
 
 
 def rounded_to_tf32(x: Tensor) -> Tensor:
@@ -133,6 +142,22 @@ def test_exact_on_small_integers(case: Conv2dCase, layout: str, dtype: torch.dty
     problem = conv2d(case, small_integers)
     image, *others = problem.inputs
     check_rounded_once(problem, [LAYOUTS[layout](image), *others], dtype)
+
+
+@pytest.mark.oracle
+@parametrize(
+    "case", [case for case in GPU_TILES if case.id.startswith("large")] + GPU_BOXES, ids=ids
+)
+def test_the_large_cases_are_large_enough_on_a_gpu(case: Conv2dCase) -> None:
+    """Else small tiles, which ask for no boxes, would be tested in their name."""
+    outputs, channels = case.weight[:2]
+    image, weight, _ = (torch.empty(size, device="meta") for size in (case.input, case.weight, ()))
+    pixels = torch.conv2d(image, weight, **case.arguments())[:, 0].numel()
+    tiles = case.groups * -(-pixels // 128) * -(-outputs // case.groups // 128)
+    assert tiles >= ENOUGH_TILES
+    if case.stride == 1:  # the gradient of the image is one convolution
+        pixels = image[:, 0].numel()
+        assert case.groups * -(-pixels // 128) * -(-channels // 128) >= ENOUGH_TILES
 
 
 def ask_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +339,16 @@ def test_it_is_the_tensor_cores_that_multiply(monkeypatch: pytest.MonkeyPatch) -
         with torch.profiler.profile() as profile:
             conv()
         assert any("Conv2dTiles" in event.key for event in profile.key_averages())
+
+
+@pytest.mark.native
+@parametrize("precision, expected", [("tf32", 8), ("ieee", 8 + 2**-9)])
+def test_either_switch_of_torch_allows_tf32(precision: str, expected: float) -> None:
+    torch.set_float32_matmul_precision("highest" if precision == "tf32" else "high")
+    torch.backends.cuda.matmul.fp32_precision = precision
+    x = torch.full((1, 8, 4, 4), 1 + 2**-12, device=DEVICE)
+    weight = torch.ones(8, 8, 1, 1, device=DEVICE)
+    assert F.conv2d(x, weight).unique().tolist() == [expected]
 
 
 def boxes_that_come(function: Callable[[], Any]) -> int:
