@@ -280,6 +280,11 @@ bool allows_winograd() {
 // Whether it is a convolution by 3x3 kernels of stride 1, with so many channels and outputs.
 bool takes(const Conv2dGeometry& g, at::ScalarType dtype, int64_t least, int64_t most) {
   const auto serve = [&](int64_t channels) { return channels >= least && channels <= most; };
+  // A row of tiles is transformed at once: 16 positions of its pixels and of a block of sums, which
+  // may take 2 MiB.
+  constexpr int64_t kRow = 32 * 1024;
+  const int64_t pixel = std::max(g.channels_per_group(), g.outputs_per_group()) + kBlock;
+  if (ceil_div(std::max(g.W, g.OW), 2) * pixel > kRow) return false;
   return dtype == at::kFloat && g.R == 3 && g.S == 3 && g.stride_h == 1 && g.stride_w == 1 &&
          g.dilation_h == 1 && g.dilation_w == 1 && serve(g.channels_per_group()) &&
          serve(g.outputs_per_group()) && allows_winograd();

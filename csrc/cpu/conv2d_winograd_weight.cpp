@@ -70,7 +70,8 @@ class WeightGradient {
     const int64_t pixel = g.channels_per_group() + std::min(kBlock, g.outputs_per_group());
     const int64_t blocks = g.groups * ceil_div(g.outputs_per_group(), kBlock);
     const int64_t all = g.N * ceil_div(g.OH, 2) * ceil_div(g.OW, 2);
-    // Half a second-level cache of 1 MiB, but more than the sums would rather be read less often.
+    // Their positions fit three quarters of a second-level cache of 1 MiB; no fewer than 64, as the
+    // sums are read and written once for all of them.
     const int64_t fitting = std::clamp<int64_t>(12 * 1024 / pixel, 64, 128);
     return std::min(fitting, std::max<int64_t>(32, ceil_div(all * blocks, kLeastTasks)));
   }
