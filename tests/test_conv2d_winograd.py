@@ -129,6 +129,22 @@ def test_special_values_stay_where_they_belong(value: float, where: int, layout:
 
 @pytest.mark.special
 @layouts
+def test_an_image_keeps_its_bits_beside_one_that_is_not_finite(layout: str) -> None:
+    image, grad = normal((3, 48, 9, 10), 1).float(), normal((3, 50, 9, 10), 2).float()
+    weight, results = normal((50, 48, 3, 3), 3).float(), []
+    for value in (1.0, float("nan")):
+        image[1, 2, 3, 4] = grad[1, 2, 3, 4] = value
+        (x,) = leaves([LAYOUTS[layout](image.clone())])
+        output = F.conv2d(x, weight, padding=1)
+        (grad_input,) = torch.autograd.grad(output, x, LAYOUTS[layout](grad.clone()))
+        results.append((output, grad_input))
+    for finite, beside in zip(*results, strict=True):
+        assert torch.equal(beside[::2], finite[::2])
+        assert beside[1].isnan().sum() in (9 * 50, 9 * 48)
+
+
+@pytest.mark.special
+@layouts
 def test_large_numbers(layout: str) -> None:
     """The transform adds four of them, which is infinite; no output is."""
     image = LAYOUTS[layout](torch.zeros(1, 48, 9, 10))

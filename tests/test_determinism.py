@@ -98,6 +98,7 @@ def sigmoid_focal(name: str, size: tuple[int, ...], soft: bool = False) -> Op:
 CONV2D = [
     conv2d("several_images_a_panel", (3, 5, 5), (4, 3, 3, 3), padding=1),
     conv2d("2x2_images", (64, 2, 2), (40, 64, 3, 3), padding=1),
+    conv2d("winograd", (64, 9, 8), (64, 64, 3, 3), padding=1),
     conv2d("1x1_images", (70, 1, 1), (33, 70, 1, 1)),
     conv2d("few_pixels", (256, 5, 5), (256, 256, 3, 3), padding=1),
     conv2d("few_pixels_strided", (256, 6, 5), (345, 256, 3, 2), stride=(2, 3), padding=1),
@@ -186,7 +187,7 @@ def test_a_row_does_not_see_its_neighbours(op: Op, dtype: torch.dtype) -> None:
 def test_a_neighbour_that_is_not_finite_changes_nothing(
     neighbour: float, layout: str, dtype: torch.dtype
 ) -> None:
-    for op in (*CONV2D[:4], *IMAGES):
+    for op in (*CONV2D[:5], *IMAGES):
         x = normal(op.input, 1).to(dtype).contiguous(memory_format=FORMATS[layout])
         function = op.bind(dtype)
         before = function(x, slice(0, BATCH))

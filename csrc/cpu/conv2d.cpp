@@ -183,15 +183,17 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
   });
 }
 
-at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
-                  const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+// `winograd`: whether it may be taken.
+at::Tensor conv2d_by(const at::Tensor& input, const at::Tensor& weight,
+                     const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                     bool winograd) {
   const Conv2dGeometry g =
       check_conv2d(input, weight, bias, {stride, padding, dilation, groups}, "conv2d");
   check_dtype(input, "conv2d");
   if (is_complex_half(input)) {
-    return conv2d(complex_float(input), complex_float(weight), complex_float(bias), stride, padding,
-                  dilation, groups)
+    return conv2d_by(complex_float(input), complex_float(weight), complex_float(bias), stride,
+                     padding, dilation, groups, winograd)
         .to(at::kComplexHalf);
   }
   at::Tensor sum_bias;
@@ -220,8 +222,10 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
       strips_forward_by_parts(g, dense, weight, sum_bias, result, computed)) {
     return result.contiguous(format);
   }
-  if (takes_winograd(g, input.scalar_type()) &&
-      winograd_forward(g, dense, weight, sum_bias, result, computed)) {
+  if (winograd && takes_winograd(g, input.scalar_type())) {
+    for (const int64_t n : winograd_forward(g, dense, weight, sum_bias, result, computed))
+      result.narrow(0, n, 1).copy_(conv2d_by(dense.narrow(0, n, 1), weight, bias, stride, padding,
+                                             dilation, groups, /*winograd=*/false));
     return result.contiguous(format);
   }
   if (computed == at::MemoryFormat::Contiguous && takes_rows(g, input.scalar_type())) {
@@ -245,6 +249,12 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
         }
       });
   return result.contiguous(format);
+}
+
+at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                  at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return conv2d_by(input, weight, bias, stride, padding, dilation, groups, /*winograd=*/true);
 }
 
 // --------------------------------------------------------------------------------- grad_input
@@ -304,15 +314,16 @@ void grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output, const at
   if (!same_type) result.copy_(sums);
 }
 
-at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
-                             at::IntArrayRef input_size, at::IntArrayRef stride,
-                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+at::Tensor conv2d_grad_input_by(const at::Tensor& grad_output, const at::Tensor& weight,
+                                at::IntArrayRef input_size, at::IntArrayRef stride,
+                                at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                                bool winograd) {
   const Conv2dGeometry g = check_conv2d_grad_input(
       grad_output, weight, input_size, {stride, padding, dilation, groups}, "conv2d_grad_input");
   check_dtype(grad_output, "conv2d_grad_input");
   if (is_complex_half(grad_output)) {
-    return conv2d_grad_input(complex_float(grad_output), complex_float(weight), input_size, stride,
-                             padding, dilation, groups)
+    return conv2d_grad_input_by(complex_float(grad_output), complex_float(weight), input_size,
+                                stride, padding, dilation, groups, winograd)
         .to(at::kComplexHalf);
   }
   const at::MemoryFormat format = memory_format(grad_output, weight);
@@ -334,8 +345,12 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
       strips_grad_input_by_parts(g, dense, weight, result, computed)) {
     return result.contiguous(format);
   }
-  if (takes_winograd(g, grad_output.scalar_type()) &&
-      winograd_grad_input(g, dense, weight, result, computed)) {
+  if (winograd && takes_winograd(g, grad_output.scalar_type())) {
+    const std::array<int64_t, 4> size{1, g.C, g.H, g.W};
+    for (const int64_t n : winograd_grad_input(g, dense, weight, result, computed))
+      result.narrow(0, n, 1).copy_(conv2d_grad_input_by(dense.narrow(0, n, 1), weight, size, stride,
+                                                        padding, dilation, groups,
+                                                        /*winograd=*/false));
     return result.contiguous(format);
   }
   // A few channels alone are too few columns of a product.
@@ -355,6 +370,13 @@ at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& we
                                            }
                                          });
   return result.contiguous(format);
+}
+
+at::Tensor conv2d_grad_input(const at::Tensor& grad_output, const at::Tensor& weight,
+                             at::IntArrayRef input_size, at::IntArrayRef stride,
+                             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  return conv2d_grad_input_by(grad_output, weight, input_size, stride, padding, dilation, groups,
+                              /*winograd=*/true);
 }
 
 // -------------------------------------------------------------------------------- grad_weight

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <string_view>
+#include <vector>
 
 #include "cpu/capability.h"
 #include "cpu/conv2d_winograd_tiles.h"
@@ -54,7 +55,8 @@ class Winograd {
         source_(source, p.pad_top, p.pad_left, p.tiles_w()),
         last_(source.last),
         bias_(bias),
-        result_(result) {
+        result_(result),
+        failed_(static_cast<size_t>(p.images)) {
     const int64_t blocks = ceil_div(p.out, kBlock);
     weights_ = at::empty({p.groups * blocks * kPositions * position_step(p.in * kBlock)},
                          weight.options());
@@ -64,7 +66,8 @@ class Winograd {
     fill_weights(dense.const_data_ptr<float>(), last, turned, weights_.mutable_data_ptr<float>());
   }
 
-  bool run() {
+  // The images that have a result which is not finite.
+  std::vector<int64_t> run() {
     const int64_t strips = ceil_div(p_.tiles_h(), cut_.rows),
                   parts = ceil_div(p_.images, cut_.images), blocks = ceil_div(p_.out, kBlock);
     const int64_t splits = std::min(blocks, ceil_div(kTasks, p_.groups * parts * strips));
@@ -83,7 +86,7 @@ class Winograd {
       space.result = scratch.take<float>(result_size());
       std::fill_n(space.zeros, p_.in, float(0));
       // Neighbouring splits share the transformed pixels.
-      for (int64_t task = begin, next; task < end && finite_; task = next) {
+      for (int64_t task = begin, next; task < end; task = next) {
         const int64_t i = task / splits, first = i * splits;
         next = std::min(end, first + splits);
         const int64_t n = i / strips % parts * cut_.images, row = i % strips * cut_.rows;
@@ -95,7 +98,10 @@ class Winograd {
                 space);
       }
     });
-    return finite_;
+    std::vector<int64_t> result;
+    for (int64_t n = 0; n < p_.images; ++n)
+      if (failed_[static_cast<size_t>(n)]) result.push_back(n);
+    return result;
   }
 
  private:
@@ -190,7 +196,7 @@ class Winograd {
                             i == 0 ? Addend<float>{} : Addend<float>{sums, width});
         }
       }
-      if (!write_block(task, {o, o + width}, count, space)) finite_ = false;
+      write_block(task, {o, o + width}, count, space);
     }
     if (!last_) turn_result(task, space.result);
   }
@@ -208,15 +214,13 @@ class Winograd {
     }
   }
 
-  // False where one of them is not finite.
-  bool write_block(const Task& task, Interval block, int64_t count, const Space& space) const {
+  void write_block(const Task& task, Interval block, int64_t count, const Space& space) {
     const auto transform = DLOPS_SIMD(transform_output, float);
     const int64_t width = length(block), o0 = task.group * p_.out + block.begin;
     const Interval rows = result_rows(task.rows);
     const int64_t step = last_ ? p_.groups * p_.out : p_.out;
     const float* const bias = bias_ == nullptr ? nullptr : bias_ + o0;
     const float* from = space.sums;
-    bool finite = true;
     for (int64_t n = task.images.begin; n < task.images.end; ++n) {
       float* const first = last_ ? result_ + (n * p_.height + rows.begin) * p_.width * step + o0
                                  : space.result +
@@ -231,11 +235,11 @@ class Winograd {
             outputs[static_cast<size_t>(i)] =
                 inside ? first + (row * p_.width + col) * step : nullptr;
           }
-          finite &= transform(from, position_step(count * width), width, bias, outputs.data());
+          if (!transform(from, position_step(count * width), width, bias, outputs.data()))
+            failed_[static_cast<size_t>(n)] = true;
         }
       }
     }
-    return finite;
   }
 
   void turn_result(const Task& task, const float* from) const {
@@ -256,11 +260,12 @@ class Winograd {
   at::Tensor weights_;
   const float* bias_;
   float* result_;
-  std::atomic<bool> finite_ = true;
+  std::vector<std::atomic<bool>> failed_;
 };
 
-bool correlate(const Problem& p, const at::Tensor& source, const at::Tensor& weight, bool turned,
-               const at::Tensor& bias, const at::Tensor& result, at::MemoryFormat format) {
+std::vector<int64_t> correlate(const Problem& p, const at::Tensor& source, const at::Tensor& weight,
+                               bool turned, const at::Tensor& bias, const at::Tensor& result,
+                               at::MemoryFormat format) {
   const ImageView<float> images{source.const_data_ptr<float>(), source.size(1), source.size(2),
                                 source.size(3), format == at::MemoryFormat::ChannelsLast};
   return Winograd(p, images, weight, turned,
@@ -307,16 +312,17 @@ bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype, at::Me
   return takes(g, dtype, least, 256) && g.N * tiles_of_image(g) >= 32;
 }
 
-bool winograd_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
-                      const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format) {
+std::vector<int64_t> winograd_forward(const Conv2dGeometry& g, const at::Tensor& input,
+                                      const at::Tensor& weight, const at::Tensor& bias,
+                                      const at::Tensor& output, at::MemoryFormat format) {
   return correlate({g.N, g.groups, g.channels_per_group(), g.outputs_per_group(), g.H, g.W,
                     g.pad_top, g.pad_left, g.OH, g.OW},
                    input, weight, false, bias, output, format);
 }
 
-bool winograd_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
-                         const at::Tensor& weight, const at::Tensor& grad_input,
-                         at::MemoryFormat format) {
+std::vector<int64_t> winograd_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                                         const at::Tensor& weight, const at::Tensor& grad_input,
+                                         at::MemoryFormat format) {
   return correlate({g.N, g.groups, g.outputs_per_group(), g.channels_per_group(), g.OH, g.OW,
                     2 - g.pad_top, 2 - g.pad_left, g.H, g.W},
                    grad_output, weight, true, {}, grad_input, format);

@@ -9,6 +9,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "conv2d_math.h"
 
 namespace dlops::cpu {
@@ -18,13 +20,16 @@ namespace dlops::cpu {
 bool takes_winograd(const Conv2dGeometry& g, at::ScalarType dtype);
 bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryFormat format);
 
-// All are dense in the given memory format. False, and the result is not worked out, where a number
-// is not finite: the transforms would spread it over its tile.
-bool winograd_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
-                      const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format);
-bool winograd_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
-                         const at::Tensor& weight, const at::Tensor& grad_input,
-                         at::MemoryFormat format);
+// Images, gradients and results are dense in the given memory format. The first two return the
+// images whose results are not theirs, as a number is not finite: the transforms would spread it
+// over its tile. An image's bits must not depend on its neighbours, so that the others stay.
+std::vector<int64_t> winograd_forward(const Conv2dGeometry& g, const at::Tensor& input,
+                                      const at::Tensor& weight, const at::Tensor& bias,
+                                      const at::Tensor& output, at::MemoryFormat format);
+std::vector<int64_t> winograd_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                                         const at::Tensor& weight, const at::Tensor& grad_input,
+                                         at::MemoryFormat format);
+// False, and grad_weight is not worked out, where a number is not finite.
 bool winograd_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                           const at::Tensor& input, const at::Tensor& grad_weight,
                           at::MemoryFormat format);
