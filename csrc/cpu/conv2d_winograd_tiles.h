@@ -9,7 +9,8 @@
 namespace dlops::cpu {
 
 // The step from position to position for `count` numbers of each: one line of the cache more, so
-// that the positions of a tile do not all stand in the same places of the cache.
+// that the positions of a tile do not all stand in the same places of the cache, and that a product
+// may read a vector from wherever the last row of a position has an element.
 inline int64_t position_step(int64_t count) { return ceil_div(count, 16) * 16 + 16; }
 
 // How the tiles of a batch are shared out: some rows of them, of one image or of several.
@@ -18,8 +19,8 @@ struct TileCut {
   // Of so many tiles at a time at most, or one row.
   TileCut(int64_t batch, int64_t tiles_h, int64_t tiles_w, int64_t most) {
     const int64_t image = tiles_h * tiles_w;
-    rows = std::clamp<int64_t>(most / tiles_w, 1, tiles_h);
     if (image > most) {
+      rows = std::clamp<int64_t>(most / tiles_w, 1, tiles_h);
       rows = ceil_div(tiles_h, ceil_div(tiles_h, rows));  // evenly
     } else {
       rows = tiles_h;

@@ -35,14 +35,13 @@ class WeightGradient {
         grad_(grads_, 0, 0, tiles_w()),
         tasks_(g, ceil_div(g.N, cut_.images) * strips_, kPositions * g.O * channels()),
         sums_(at::empty({tasks_.chunks(), g.groups, kPositions * outputs() * channels()},
-                        grad_output.options().memory_format(at::MemoryFormat::Contiguous))),
+                        grad_output.options())),
         sum_data_(sums_.mutable_data_ptr<float>()) {}
 
   bool run(float* result, bool last) const {
     const int64_t most = cut_.images * cut_.rows * tiles_w();
     const int64_t width = std::min(kBlock, outputs());
-    const int64_t strip =
-        std::max(input_.strip_size(cut_.rows, channels()), grad_.strip_size(cut_.rows, width));
+    const int64_t strip = input_.strip_size(cut_.rows, channels());
     tasks_.fill([&](const auto& each) {
       Scratch scratch(Scratch::size<float>(strip) +
                       Scratch::size<float>(std::max(channels(), width)) +

@@ -1,5 +1,8 @@
 #include "cpu/simd/conv2d_winograd.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "cpu/simd/load_store.h"
 
 namespace dlops::cpu {
@@ -134,7 +137,7 @@ template <int capability, class T>
 void transform_grad_rows(const T* first, const T* second, int64_t width, T* to, int64_t position) {
   using V = Vec<T>;
   const auto pairs = [](const T* row, int64_t count) {
-    if (row == nullptr || count <= 0) return std::pair{V(T(0)), V(T(0))};
+    if (row == nullptr) return std::pair{V(T(0)), V(T(0))};
     const V low = load<T>(row, count);
     return at::vec::deinterleave2(
         low, count > V::size() ? load<T>(row + V::size(), count - V::size()) : V(T(0)));

@@ -25,16 +25,16 @@ void transform_input(const T* const* pixels, int64_t channels, T* to, int64_t po
 template <int capability, class T>
 bool transform_output(const T* sums, int64_t position, int64_t channels, const T* bias,
                       T* const* outputs);
-// The same for the gradient of the weight, F(3x3, 2x2), of tiles of 2x2 gradients: their pixels as
-// the positions, but for a factor of 1/2 in either direction, which the sums get:
+// For the gradient of the weight, F(3x3, 2x2): the channels of a tile of 2x2 gradients as those of
+// the positions, but for factors of 1/2, which transform_grad_weight has.
 template <int capability, class T>
 void transform_grad(const T* const* pixels, int64_t channels, T* to, int64_t position);
-// those of a row of tiles, side by side, that is of two rows of one channel's pixels; the second
-// row may be missing (null), and a last column:
+// The same of a row of tiles, side by side: two rows of one channel's gradients, of which the
+// second may be missing (null), and a last column.
 template <int capability, class T>
 void transform_grad_rows(const T* first, const T* second, int64_t width, T* to, int64_t position);
-// the sums of the positions, `position` apart, as those of the 9 cells, `channels` apart. Whether
-// they are finite.
+// The sums of the positions, `position` apart, as the gradients of the 9 cells, `channels` apart.
+// Whether they are finite.
 template <int capability, class T>
 bool transform_grad_weight(const T* sums, int64_t position, int64_t channels, T* cells);
 

@@ -10,7 +10,7 @@
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
 
-// The first `count` elements, at most a vector's; reads nothing past them.
+// The first `count` elements, at most a vector's, and zeros; reads nothing past them.
 template <class T, class scalar_t>
 at::vec::Vectorized<T> load(const scalar_t* from, int64_t count) {
   using V = at::vec::Vectorized<T>;
