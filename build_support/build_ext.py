@@ -1,4 +1,4 @@
-"""The build command: torch's, plus vector kernels compiled once per CPU capability, plus CUDA."""
+"""The build command: torch's, the CPU's kernels, vectors' once per CPU capability, and CUDA."""
 
 import logging
 import os
@@ -71,7 +71,7 @@ def sources(pattern: str) -> list[str]:
 
 def extension() -> Extension:
     """The module dlops._C, without what depends on the build machine: BuildExt adds that."""
-    return cpp_extension.CppExtension("dlops._C", sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp"))
+    return cpp_extension.CppExtension("dlops._C", sources("csrc/*.cpp"))
 
 
 def job_count() -> int:
@@ -98,6 +98,12 @@ def capabilities() -> dict[int, Capability]:
     if wish not in names:
         fail(f"DLOPS_CPU_CAPABILITY={wish!r} is not understood. Fix: {', '.join(names)} or unset.")
     return {level: capability for level, capability in every.items() if capability.name == wish}
+
+
+def only_capability() -> list[tuple[str, str]]:
+    """The macro that says so where the vector kernels are compiled for one level alone."""
+    every = len(capabilities()) == len(CAPABILITIES)
+    return [] if every else [("DLOPS_ONLY_CAPABILITY", str(*capabilities()))]
 
 
 def warnings_are_errors() -> bool:
@@ -148,7 +154,7 @@ class BuildExt(cpp_extension.BuildExtension):
         else:
             print(f"dlops: building for the CPU only: {self.cuda_reason}")
         self.define_build_info(ext, toolkit)
-        ext.extra_objects = self.build_simd_objects(ext)
+        ext.extra_objects = self.build_cpu_objects(ext)
         try:
             super().build_extensions()
         except ValueError as error:  # torch's, about an architecture that it does not know
@@ -206,18 +212,19 @@ class BuildExt(cpp_extension.BuildExtension):
         ext.define_macros += [(f"DLOPS_{name}", f'"{text}"') for name, text in quoted.items()]
         if toolkit:
             ext.define_macros.append(("DLOPS_WITH_CUDA", "1"))
-        if len(capabilities()) < len(CAPABILITIES):
-            ext.define_macros.append(("DLOPS_ONLY_CAPABILITY", str(*capabilities())))
+        ext.define_macros += only_capability()
 
-    def build_simd_objects(self, ext) -> list[str]:
-        """csrc/cpu/simd/*.cpp, once per capability.
+    def build_cpu_objects(self, ext) -> list[str]:
+        """csrc/cpu/*.cpp, and csrc/cpu/simd/*.cpp once per capability.
 
-        Baseline first: where an inline function ends up in several objects the linker keeps the
-        first, and that one must run on every machine.
+        They are the same whatever else is in the build, so one build may take them from another
+        (scripts/cuda_compile.sh). Baseline first: where an inline function ends up in several
+        objects the linker keeps the first, and that one must run on every machine.
         """
-        folder = Path(self.build_temp).absolute() / "simd"
+        folder = Path(self.build_temp).absolute() / "cpu"
         common = [*cxx(), "-fPIC", "-DNDEBUG", f"-I{ROOT / 'csrc'}", *ext.extra_compile_args["cxx"]]
-        jobs = []
+        common += [f"-D{name}={value}" for name, value in only_capability()]
+        jobs = [object_of(source, folder, common) for source in sources("csrc/cpu/*.cpp")]
         for level, (name, vec, flags) in capabilities().items():
             defines = [
                 f"CPU_CAPABILITY={vec}",
@@ -225,9 +232,10 @@ class BuildExt(cpp_extension.BuildExtension):
                 f"DLOPS_CAPABILITY={level}",
             ]
             command = [*common, *flags, *(f"-D{define}" for define in defines)]
-            for source in sources("csrc/cpu/simd/*.cpp"):
-                target = folder / name / f"{Path(source).stem}.o"
-                jobs.append((target, [*command, "-MMD", "-c", str(ROOT / source)]))
+            jobs += [
+                object_of(source, folder / name, command)
+                for source in sources("csrc/cpu/simd/*.cpp")
+            ]
         stale = [job for job in jobs if not is_fresh(*job)]
         with ThreadPoolExecutor(job_count()) as pool:
             failures = [text for text in pool.map(lambda job: compile_object(*job), stale) if text]
@@ -245,6 +253,11 @@ class BuildExt(cpp_extension.BuildExtension):
             f"WITH_CUDA = {not self.cuda_reason}\n"
             f"CUDA_REASON = {self.cuda_reason!r}\n"
         )
+
+
+def object_of(source: str, folder: Path, command: list[str]) -> tuple[Path, list[str]]:
+    """Where a source's object goes, and the command that makes it but for that."""
+    return folder / f"{Path(source).stem}.o", [*command, "-MMD", "-c", str(ROOT / source)]
 
 
 def signature(command: list[str]) -> str:

@@ -40,11 +40,11 @@ fi
 export CUDA_HOME DLOPS_CUDA=1 DLOPS_WERROR=1 TORCH_CUDA_ARCH_LIST="8.0+PTX;9.0a"
 
 rm -rf build/cuda/lib.*
-# CUDA changes nothing in the CPU's vector kernels: those of the usual build serve, where they are fresh.
-for simd in build/temp.*/simd; do
-  [ -d "$simd" ] || continue
-  mkdir -p "build/cuda/${simd#build/}"
-  cp -a "$simd/." "build/cuda/${simd#build/}"
+# CUDA changes nothing in the CPU's kernels: those of the usual build serve, where they are fresh.
+for cpu in build/temp.*/cpu; do
+  [ -d "$cpu" ] || continue
+  mkdir -p "build/cuda/${cpu#build/}"
+  cp -a "$cpu/." "build/cuda/${cpu#build/}"
 done
 "$python" setup.py -q build --build-base build/cuda
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Tests what ships: builds the sdist, the wheel from that sdist, installs the wheel into an
-# environment of its own and runs the tests there, away from the source tree.
+# Tests what ships: builds the sdist and the wheel, installs the wheel into an environment of its own
+# and runs the tests there, away from the source tree. What the usual build has compiled is not
+# compiled again; that the sdist has every source is a test of tests/test_build.py.
 #
 #   scripts/wheel_test.sh [python [pytest arguments...]]
 #
@@ -16,7 +17,8 @@ work=$PWD/build/wheel-test
 rm -rf "$work"
 mkdir -p "$work"
 
-"$python" -m build --no-isolation --outdir "$work/dist" .
+rm -rf build/lib.*  # modules that are no longer there would be in the wheel
+"$python" -m build --no-isolation --sdist --wheel --outdir "$work/dist" .
 "$python" scripts/check_wheel.py "$work"/dist/dlops-*.whl
 "$python" -m venv "$work/venv"
 site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
