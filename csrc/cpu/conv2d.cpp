@@ -531,7 +531,7 @@ void grad_bias_contiguous(const at::Tensor& grad_output, const at::Tensor& resul
 template <class scalar_t>
 void grad_bias_last(const at::Tensor& grad_output, const at::Tensor& result) {
   using sum_t = at::opmath_type<scalar_t>;
-  constexpr int64_t kPixels = 1024;
+  constexpr int64_t kPixels = kTerms;  // longer chains of roundings cost accuracy
   const int64_t O = grad_output.size(1), pixels = grad_output.numel() / O;
   const int64_t chunks = ceil_div(pixels, kPixels);
   const at::Tensor sums =
