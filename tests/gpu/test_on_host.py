@@ -67,7 +67,7 @@ def compile_command(source: Path, target: Path) -> list[str | Path]:
         *(flag for folder in include for flag in ("-isystem", folder)),
         *("-I", CSRC, "-I", TESTS / "gpu" / "host", "-DTORCH_EXTENSION_NAME=_C"),
         # Small, so that small cases are cut and meet every tile.
-        *("-DDLOPS_WORKSPACE_BYTES=8192", "-DDLOPS_ENOUGH_TILES=8"),
+        *("-DDLOPS_WORKSPACE_BYTES=8192", "-DDLOPS_ENOUGH_TILES=8", "-DDLOPS_FEW_PARTS=2"),
         *(f'-DDLOPS_{name}=""' for name in texts),
         *("-x", "c++", "-c", source, "-o", target),
     ]
