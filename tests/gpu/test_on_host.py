@@ -131,6 +131,28 @@ def test_op_tests(suite: str, suites: dict[str, Future[subprocess.CompletedProce
     assert int(passed[1]) > 50
 
 
+@pytest.mark.parametrize("run", ["smoke focal_loss", "smoke implicit_gemm", "sanitize unfold"])
+def test_what_runs_first_on_a_gpu(run: str, package: Path) -> None:
+    """The scripts of scripts/gpu_check.sh, which have no time there for mistakes of their own."""
+    script, part = run.split()
+    folders = (package, TESTS, TESTS / "gpu")
+    result = subprocess.run(
+        [sys.executable, TESTS / "gpu" / f"{script}.py", part],
+        cwd=package,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "OMP_NUM_THREADS": "1",
+            "DLOPS_TEST_DEVICE": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{script}: {part}" in result.stdout
+
+
 def test_divider(tmp_path: Path) -> None:
     """Multiplication in place of division, for indices."""
     source = TESTS / "gpu" / "host" / "divider.cpp"
