@@ -27,6 +27,7 @@ class Layer:
     padding: int = 0
     groups: int = 1
     batches: tuple[int, ...] = (32,)  # of the default run
+    gpu_batches: tuple[int, ...] = ()  # of the same on a GPU, which smaller ones leave idle
 
     def name(self, batch: int) -> str:
         text = (
@@ -39,11 +40,11 @@ class Layer:
 
 
 LAYERS = [
-    Layer("mnist_cnn", 1, 32, 28, 3, padding=1),
+    Layer("mnist_cnn", 1, 32, 28, 3, padding=1, gpu_batches=(256,)),
     Layer("mnist_cnn", 32, 32, 28, 3, padding=1),
     Layer("mnist_cnn", 32, 64, 14, 3, padding=1),
     Layer("mnist_cnn", 64, 64, 14, 3, padding=1, batches=(1, 32)),
-    Layer("scratch", 3, 32, 32, 5, padding=2),
+    Layer("scratch", 3, 32, 32, 5, padding=2, gpu_batches=(256,)),
     Layer("vanilla", 3, 32, 32, 7, batches=(128,)),
     Layer("lenet_alexnet", 3, 64, 32, 3, batches=(128,)),
     Layer("lenet_alexnet", 64, 128, 15, 3, batches=(128,)),
@@ -59,25 +60,26 @@ LAYERS = [
     Layer("adam_cnn", 32, 32, 32, 3, padding=1, batches=()),
     Layer("adam_cnn", 64, 64, 16, 3, padding=1, batches=()),
     Layer("resnet32", 3, 16, 32, 3, padding=1, batches=()),
-    Layer("resnet32", 16, 16, 32, 3, padding=1, batches=(128,)),
+    Layer("resnet32", 16, 16, 32, 3, padding=1, batches=(128,), gpu_batches=(256,)),
     Layer("resnet32", 16, 32, 32, 3, stride=2, padding=1, batches=()),
     Layer("resnet32", 32, 32, 16, 3, padding=1, batches=(128,)),
     Layer("resnet32", 64, 64, 8, 3, padding=1, batches=(128,)),
-    Layer("resnet18", 3, 64, 224, 7, stride=2, padding=3, batches=(8,)),
-    Layer("resnet18", 64, 64, 56, 3, padding=1, batches=(1, 8)),
-    Layer("resnet18", 64, 128, 56, 3, stride=2, padding=1, batches=()),
-    Layer("resnet18", 64, 128, 56, 1, stride=2, batches=(8,)),
-    Layer("resnet18", 128, 128, 28, 3, padding=1, batches=(8,)),
-    Layer("resnet18", 256, 256, 14, 3, padding=1, batches=(8,)),
-    Layer("resnet18", 512, 512, 7, 3, padding=1, batches=(1, 8)),
-    Layer("depthwise", 64, 64, 28, 3, padding=1, groups=64),
+    Layer("resnet18", 3, 64, 224, 7, stride=2, padding=3, batches=(8,), gpu_batches=(128,)),
+    Layer("resnet18", 64, 64, 56, 3, padding=1, batches=(1, 8), gpu_batches=(8, 128)),
+    Layer("resnet18", 64, 128, 56, 3, stride=2, padding=1, batches=(), gpu_batches=(128,)),
+    Layer("resnet18", 64, 128, 56, 1, stride=2, batches=(8,), gpu_batches=(128,)),
+    Layer("resnet18", 128, 128, 28, 3, padding=1, batches=(8,), gpu_batches=(128,)),
+    Layer("resnet18", 256, 256, 14, 3, padding=1, batches=(8,), gpu_batches=(8, 128)),
+    Layer("resnet18", 512, 512, 7, 3, padding=1, batches=(1, 8), gpu_batches=(128,)),
+    Layer("depthwise", 64, 64, 28, 3, padding=1, groups=64, gpu_batches=(256,)),
 ]
 
 
-def cases(scope: str) -> Iterator[Case]:
+def cases(scope: str, on_gpu: bool = False) -> Iterator[Case]:
     layers = LAYERS[:1] if scope == "quick" else LAYERS
     for layer in layers:
-        for batch in BATCHES if scope == "full" else layer.batches:
+        usual = layer.gpu_batches if on_gpu else layer.batches
+        for batch in BATCHES if scope == "full" else usual:
             for layout in LAYOUTS:
                 build = partial(problem, layer, batch, layout)
                 yield Case("conv2d", layer.name(batch), layout, build)

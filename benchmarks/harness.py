@@ -61,30 +61,84 @@ def forward_backward(
     return step
 
 
-def check(problem: Problem, grad_output: Tensor) -> dict[str, float]:
-    """Each contender's largest error in output and gradients, against native in float64.
+def check(
+    problem: Problem, grad_output: Tensor, slack: float | None = None
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Each contender's largest error in output and gradients, against native in float64, and what
+    there is to say against those that err.
 
-    None may exceed twice native's own, with the tests' slack for its dtype.
+    None may exceed twice native's own and the slack, by default the tests' for its dtype.
     """
+    if slack is None:
+        slack = TOLERANCES[grad_output.dtype].slack
     doubled = [
         x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
         for x in problem.inputs
     ]
     native = problem.contenders["native"]
+    searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     truth = forward_backward(native, doubled, grad_output.double())()
+    torch.backends.cudnn.benchmark = searches  # the truth is not timed
 
     def errors(function: Callable[..., Tensor]) -> list[float]:
         results = forward_backward(function, problem.inputs, grad_output)()
         return [error(result, true) for result, true in zip(results, truth, strict=True)]
 
-    bounds = [2 * e + TOLERANCES[grad_output.dtype].slack for e in errors(native)]
-    found = {}
+    bounds = [2 * e + slack for e in errors(native)]
+    found, wrong = {}, {}
     for name, function in problem.contenders.items():
         measured = errors(function)
         found[name] = max(measured)
         if any(e > bound for e, bound in zip(measured, bounds, strict=True)):
-            raise Disagreement(f"{name}: errors {measured}, allowed {bounds}")
-    return found
+            wrong[name] = f"{name}: errors {measured}, allowed {bounds}"
+    return found, wrong
+
+
+def grad_output_for(problem: Problem) -> Tensor:
+    with torch.no_grad():
+        output = problem.contenders["native"](*problem.inputs)
+    # Of a loss it is what loss.backward() makes it.
+    return torch.randn_like(output) if output.dim() > 0 else torch.ones_like(output)
+
+
+def time_passes(
+    problem: Problem, grad_output: Tensor, device: torch.device, budget: Budget
+) -> dict[str, dict[str, Any]]:
+    """Each contender's times, by pass."""
+    return {
+        name: interleave(
+            {
+                contender: forward(function, problem.inputs)
+                if name == "forward"
+                else forward_backward(function, problem.inputs, grad_output)
+                for contender, function in problem.contenders.items()
+            },
+            device,
+            budget,
+        )
+        for name in problem.work
+    }
+
+
+def result(
+    case: Case, dtype: torch.dtype, name: str, work: Work, limits: Limits, **measured: Any
+) -> dict[str, Any]:
+    """The row of one pass; `measured`: times and errors."""
+    limit = limits.seconds(work.flops, work.bytes, dtype)
+    ours, native = (measured["times"][side]["median_s"] for side in ("dlops", "native"))
+    return {
+        "op": case.op,
+        "case": case.name,
+        "layout": case.layout,
+        "dtype": str(dtype).removeprefix("torch."),
+        "pass": name,
+        **measured,
+        "flops": work.flops,
+        "bytes": work.bytes,
+        "limit_s": limit,
+        "percent_of_limit": 100 * limit / ours,
+        "speedup": native / ours,
+    }
 
 
 def measure(
@@ -93,35 +147,11 @@ def measure(
     """Check a case, then time it: one row for each pass."""
     torch.manual_seed(0)
     problem = case.build(device, dtype)
-    with torch.no_grad():
-        output = problem.contenders["native"](*problem.inputs)
-    # Of a loss it is what loss.backward() makes it.
-    grad_output = torch.randn_like(output) if output.dim() > 0 else torch.ones_like(output)
-    errors = check(problem, grad_output)
-    rows = []
-    for name, work in problem.work.items():
-        steps = {
-            contender: forward(function, problem.inputs)
-            if name == "forward"
-            else forward_backward(function, problem.inputs, grad_output)
-            for contender, function in problem.contenders.items()
-        }
-        times = interleave(steps, device, budget)
-        limit = limits.seconds(work.flops, work.bytes, dtype)
-        rows.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "layout": case.layout,
-                "dtype": str(dtype).removeprefix("torch."),
-                "pass": name,
-                "times": times,
-                "errors": errors,
-                "flops": work.flops,
-                "bytes": work.bytes,
-                "limit_s": limit,
-                "percent_of_limit": 100 * limit / times["dlops"]["median_s"],
-                "speedup": times["native"]["median_s"] / times["dlops"]["median_s"],
-            }
-        )
-    return rows
+    grad_output = grad_output_for(problem)
+    errors, wrong = check(problem, grad_output)
+    if wrong:
+        raise Disagreement("; ".join(wrong.values()))
+    return [
+        result(case, dtype, name, problem.work[name], limits, times=times, errors=errors)
+        for name, times in time_passes(problem, grad_output, device, budget).items()
+    ]

@@ -108,9 +108,12 @@ def prepare(device: torch.device, options: argparse.Namespace) -> None:
 
 def select(options: argparse.Namespace) -> Iterator[Case]:
     scope = "quick" if options.quick else "full" if options.full else "default"
+    extra = {
+        "conv2d": {"on_gpu": options.device == "cuda"},
+        "focal_loss": {"compiled": not options.no_compile},
+    }
     for name in options.only:
-        extra = {"compiled": False} if name == "focal_loss" and options.no_compile else {}
-        yield from OPS[name](scope, **extra)
+        yield from OPS[name](scope, **extra.get(name, {}))
 
 
 def run(

@@ -1,214 +1,259 @@
 #!/usr/bin/env bash
-# Settles on a machine with a GPU what a machine without one cannot: builds dlops with CUDA, runs the
-# GPU tests, the op tests on the CPU, compute-sanitizer and the benchmarks. Needs no network: python3
-# with torch, torchvision, numpy, setuptools, ninja, pytest, pytest-xdist, hypothesis, matplotlib,
-# and nvcc must be there. Ends within ten minutes; a step that fails or runs out of time does not
-# stop the others. Exits with 1 where any of them did.
+# Settles on a machine with a GPU what a machine without one cannot. Made for one that is lent for a
+# quarter of an hour in all, and is bare at each start: two calls, each of which ends by itself and
+# brings back what it has found by then.
 #
-#   scripts/gpu_check.sh [build] [tests] [sanitizers] [benchmarks] [losses] [implicit_gemm] [hopper]
-#                                                                                    (default: all)
+#   scripts/gpu_check.sh first     430 s at most: smoke, tests, benchmarks, memcheck and synccheck
+#   scripts/gpu_check.sh second    270 s at most: smoke; the tests that failed or did not run, and
+#                                  those of more than 2^31 elements; racecheck and initcheck; benchmarks
+#   scripts/gpu_check.sh PART...   some of: build smoke tests large sanitizers benchmarks losses
+#                                  implicit_gemm hopper
 #
-# All of it takes longer than that on most machines: call it for the first three, whose build the
-# later calls find, and then for each of the others. Each call leaves eight files at most.
-#
-#   benchmarks               the default kernels against native
+#   build                    scripts/gpu_build.sh, where no usable build was brought along; every call
+#                            begins with it
+#   smoke                    each op and each way of convolution in a process of its own. A way that
+#                            hangs is left out of what follows, one that is wrong out of the benchmarks
+#   benchmarks               the ways of convolution side by side, and the other ops, against native
 #   losses                   the losses against torch.compile, too, with 200,000 classes
-#   implicit_gemm, hopper    convolution without a column matrix; hopper's by wgmma and by the TMA
+#   implicit_gemm, hopper    these ways of convolution alone
 #
-#   OUT=folder               where the results go (default benchmarks/results)
+# Needs no network: python3 with torch, torchvision, numpy, setuptools, ninja, pytest, pytest-xdist,
+# hypothesis and matplotlib, nvcc and compute-sanitizer. A step that fails or runs out of time does not
+# stop the others; the exit status is 1 where any of them did.
+#
+#   OUT=folder               where the results go (default benchmarks/results): gpu_check-NAME.json
+#                            (steps, tests, machine) and .log, anew after each phase; gpu-*.json and
+#                            .png, the benchmarks; with OUT, gpu_check-site.tgz, where it was built here
 #   DLOPS_COMMIT=hash        what the results belong to, where the sources came without git
-#   PYTHON=path              the Python to use (default python3)
-#   TORCH_CUDA_ARCH_LIST     what to build for (default 9.0a)
-#   GPU_CHECK_SECONDS        time for everything (default 570)
-#
-# Writes gpu_check-PARTS.json (steps, tests, machine), gpu_check-PARTS.log (what each step printed) and,
-# for each dtype, the benchmarks' table as JSON and picture.
+#   GPU_CHECK_SECONDS        time for everything, instead of the above (PARTs: 570)
+#   GPU_CHECK_BEFORE=file    what the first call found, for the second (default
+#                            benchmarks/results/gpu_check-first.json)
+#   PYTHON, CUDA_HOME, TORCH_CUDA_ARCH_LIST       as scripts/gpu_build.sh takes them
 set -uo pipefail
+set -m  # each step is a process group of its own, and may be interrupted
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$(realpath -s "$(command -v "${PYTHON:-python3}")")
 out=$(realpath -m "${OUT:-$root/benchmarks/results}")
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
-deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
-wanted=${*:-build tests sanitizers benchmarks losses implicit_gemm hopper}
-report=$out/gpu_check-$(tr ' ' - <<< "${*:-all}")
 work=$root/build/gpu_check
 site=$work/site
 logs=$work/logs
-mkdir -p "$out" "$site"
+parts="build smoke tests large sanitizers benchmarks losses implicit_gemm hopper"
+ways="im2col implicit_gemm implicit_gemm_wgmma implicit_gemm_tma"
+before=
+case "${*:-first}" in
+  first)
+    seconds=430 wanted="smoke tests benchmarks sanitizers" tools="memcheck synccheck"
+    after_tests=165 after_benchmarks=40 after_sanitizers=0
+    ;;
+  second)
+    seconds=270 wanted="smoke tests large sanitizers benchmarks" tools="racecheck initcheck"
+    after_tests=140 after_benchmarks=0 after_sanitizers=80
+    before=${GPU_CHECK_BEFORE:-$root/benchmarks/results/gpu_check-first.json}
+    ;;
+  *)
+    seconds=570 wanted=$* tools="memcheck synccheck racecheck initcheck"
+    after_tests=0 after_benchmarks=0 after_sanitizers=0
+    ;;
+esac
+for part in $wanted; do
+  if [[ " $parts " != *" $part "* ]]; then
+    echo "gpu_check: there is no part $part; first, second, or some of $parts"
+    exit 2
+  fi
+done
+deadline=${GPU_CHECK_SECONDS:-$seconds}
+report=$out/gpu_check-$(tr ' ' - <<< "${*:-first}")
 rm -rf "$logs"
-mkdir -p "$logs"
+mkdir -p "$out" "$logs"
+[ -f "$before" ] || before=
 
 wants() { [[ " $wanted " == *" $1 "* ]]; }
 
-# step NAME LIMIT COMMAND...: runs it within LIMIT seconds and before the deadline, notes how it went.
+# within MOST RESERVE: seconds for a phase that leaves so many to those after it.
+within() {
+  local left=$((deadline - SECONDS - $2))
+  echo $((left < $1 ? left : $1))
+}
+
+note() {
+  printf '%s\t%s\t%d\n' "$1" "$2" "$3" >> "$logs/steps.tsv"
+  printf '%-32s %-14s %4d s\n' "$1" "$2" "$3"
+}
+status_of() { awk -F '\t' -v name="$1" '$1 == name { print $2 }' "$logs/steps.tsv"; }
+
+# step NAME LIMIT COMMAND...: runs it for LIMIT seconds at most, notes how it went, and leaves nothing
+# of it running. The command itself is interrupted first, so that pytest says what it has found.
 step() {
-  local name=$1 limit=$2 start=$SECONDS status
+  local name=$1 limit=$2 start=$SECONDS status pid
   shift 2
-  local left=$((deadline - SECONDS))
-  if ((left < 5)); then
-    status="no time left"
-  else
-    timeout -k 10 "$((limit < left ? limit : left))" "$@" > "$logs/$name.log" 2>&1 < /dev/null
-    status=$?
-    case $status in
-      0) status=passed ;;
-      124 | 137) status="out of time" ;;
-      *) status="failed ($status)" ;;
-    esac
+  if ((limit < 5)); then
+    note "$name" "no time left" 0
+    return 1
   fi
-  printf '%s\t%s\t%d\n' "$name" "$status" $((SECONDS - start)) >> "$logs/steps.tsv"
-  printf '%-32s %-14s %4d s\n' "$name" "$status" $((SECONDS - start))
+  set -m  # in a subshell too
+  timeout --foreground -s INT -k 10 "$limit" "$@" > "$logs/$name.log" 2>&1 < /dev/null &
+  pid=$!
+  wait "$pid"
+  status=$?
+  kill -KILL -- "-$pid" 2> /dev/null
+  case $status in
+    0) status=passed ;;
+    124) status="out of time" ;;
+    137) status=hung ;;  # interrupting it did not end it: it waits for the device
+    *) status="failed ($status)" ;;
+  esac
+  note "$name" "$status" $((SECONDS - start))
   [ "$status" = passed ]
 }
 
-# Everything but the build runs away from the source tree, on what was installed.
+# Everything but the build runs away from the source tree, on what was built. Few threads: many
+# processes run side by side.
 installed() {
   cd "$site" || exit
-  PYTHONPATH=$site:$root:$root/tests:$root/tests/gpu exec "$@"
+  OMP_NUM_THREADS=2 PYTHONPATH=$site:$root:$root/tests:$root/tests/gpu exec "$@"
 }
 
-run_pytest() {
-  local name=$1
-  shift
-  installed "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
-    --junitxml="$logs/$name.xml" "$@"
+suite() {
+  local name=$1 limit=$2 workers=$3 file=$4 chosen=$5
+  DLOPS_GPU_RESULTS=$logs/$name.tests DLOPS_GPU_SUITE=$name DLOPS_GPU_BEFORE=$before \
+    step "$name" "$limit" bash -c 'installed "$python" -m pytest "$@"' - -q -n "$workers" --tb=short \
+    --maxfail=40 -p no:cacheprovider -p gpu_plugin -c "$root/pyproject.toml" "$root/tests/gpu/$file" \
+    -k "$chosen"
 }
 
-# The program must come to its end, and no finding may name a kernel of ours; what the tool has to say
-# of the libraries' kernels is in the log.
+hangs() { [ "$(status_of "smoke_$1")" = hung ]; }
+ways_that_work() {
+  local way
+  for way in $ways; do
+    case "$(status_of "smoke_$way")" in "" | passed | "out of time") echo "$way" ;; esac
+  done
+}
+
+# sanitizer TOOL LIMIT NAME PART...: no finding may name a kernel of ours. initcheck must see every
+# kernel, or what others have written counts as not initialised.
 sanitizer() {
-  local tool=$1 log=$logs/sanitizer_$1.txt
-  PATH=$PATH:/usr/local/cuda/bin PYTORCH_NO_CUDA_MEMORY_CACHING=1 installed \
-    compute-sanitizer --tool "$tool" "$python" "$root/tests/gpu/sanitize.py" > "$log" 2>&1
-}
-check_sanitizer() {
-  (sanitizer "$1")
-  local log=$logs/sanitizer_$1.txt
-  head -c 30000 "$log"
-  echo "..."
-  tail -n 5 "$log"
-  grep -q "sanitize: done" "$log" && grep -q "ERROR SUMMARY\|RACECHECK SUMMARY" "$log" &&
-    ! grep -v "Host Frame" "$log" | grep -q "dlops::"
+  local tool=$1 limit=$2 name=$1_$3 only=()
+  shift 3
+  [ "$tool" = initcheck ] || only=("$filter" kns=dlops)
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$name" "$limit" bash -c 'installed compute-sanitizer "$@"' - \
+    --tool "$tool" "${only[@]}" --print-limit 20 "$python" "$root/tests/gpu/sanitize.py" "$@"
+  if grep -v "Host Frame" "$logs/$name.log" 2> /dev/null | grep -q "dlops::"; then
+    note "$name, findings" failed 0
+  fi
 }
 
-summary() {
-  "$python" - "$logs" "$report.json" "$root" << 'PY'
-import json, os, platform, subprocess, sys
-import xml.etree.ElementTree as xml
-from datetime import datetime, timezone
-from pathlib import Path
-
-logs, path, root = map(Path, sys.argv[1:])
-
-def said(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-names = ("tests", "failures", "errors", "skipped")
-suites = {file.stem: next(xml.parse(file).iter("testsuite")) for file in sorted(logs.glob("*.xml"))}
-lines = (logs / "steps.tsv").read_text().splitlines()
-results = {
-    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    "commit": os.environ.get("DLOPS_COMMIT") or said("git", "-C", str(root), "rev-parse", "HEAD"),
-    "python": platform.python_version(),
-    "versions": said(sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"),
-    "nvcc": (said("nvcc", "--version") or "").splitlines()[-2:-1],
-    "gpu": said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
-    "steps": [dict(zip(("name", "status", "seconds"), line.split("\t"))) for line in lines],
-    "tests": {name: {key: int(suite.get(key)) for key in names} for name, suite in suites.items()},
-    "failed_tests": [
-        f"{case.get('classname')}::{case.get('name')}"
-        for suite in suites.values()
-        for case in suite.iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    ],
-}
-path.write_text(json.dumps(results, indent=1) + "\n")
-for name, counts in results["tests"].items():
-    print(f"{name}: " + ", ".join(f"{value} {key}" for key, value in counts.items()))
-for name in results["failed_tests"][:40]:
-    print("FAILED", name)
-print("written:", path)
-PY
+benchmark() {
+  local name=$1 limit=$2
+  shift 2
+  step "benchmarks_$name" "$limit" bash -c 'installed "$python" -m "$@"' - "$@" --seconds 0.05 \
+    --out "$out/gpu-$name"
 }
 
-export -f installed run_pytest sanitizer check_sanitizer
-export root python site logs
+say() { "$python" "$root/scripts/gpu_report.py" "$logs" "$report"; }
 
+export -f installed
+export root python site
+
+give_up() {
+  tail -n 30 "$logs/$1.log"
+  say
+  exit 1
+}
 # Without a device every GPU test would be skipped, and pass.
 step device 60 "$python" -c 'import torch
 assert torch.cuda.is_available(), f"torch {torch.__version__} sees no CUDA device"
-print(torch.__version__, torch.cuda.get_device_name())'
-if wants build; then
-  step build 330 env DLOPS_CUDA=1 "$python" -m pip --disable-pip-version-check install --no-index \
-    --no-build-isolation --no-deps --upgrade --target "$site" "$root"
-  step report 60 bash -c 'installed "$python" -m dlops'
-fi
-if wants tests; then
-  # Side by side: none of them is timed.
-  step gpu_native 280 bash -c 'run_pytest gpu_native "$root/tests/gpu/test_agreement.py" -k test_native' &
-  step gpu_agreement 280 bash -c \
-    'run_pytest gpu_agreement "$root/tests/gpu/test_agreement.py" -k "not test_native"' &
-  step gpu_implicit_gemm 280 bash -c 'run_pytest gpu_implicit_gemm \
-    "$root/tests/gpu/test_implicit_gemm.py" -k "not (hopper or boxes or wgmma)"' &
-  step gpu_hopper 280 bash -c 'run_pytest gpu_hopper "$root/tests/gpu/test_implicit_gemm.py" \
-    -k "hopper or boxes or wgmma"' &
-  step gpu_modes 280 bash -c 'run_pytest gpu_modes "$root/tests/gpu/test_modes.py"' &
-  # One after the other: each wants tens of gigabytes.
-  for way in implicit_gemm implicit_gemm_wgmma implicit_gemm_tma; do
-    DLOPS_CUDA_CONV2D=$way step "gpu_execution_$way" 100 bash -c \
-      "run_pytest gpu_execution_$way \"\$root/tests/gpu/test_execution.py\" -k conv"
-  done &
-  step gpu_execution 280 bash -c 'run_pytest gpu_execution "$root/tests/gpu/test_execution.py"' &
-  for name in conv2d unfold max_pool2d sigmoid_focal_loss focal_loss; do
-    step "cpu_$name" 280 bash -c "run_pytest cpu_$name \"\$root/tests/test_$name.py\"" &
-  done
-fi
-if wants sanitizers; then
-  for tool in memcheck racecheck initcheck synccheck; do
-    step "$tool" 280 bash -c "check_sanitizer $tool" &
-  done
-fi
-wait
-benchmark() {
-  local name=$1
-  shift
-  step "benchmarks_$name" 240 bash -c "installed \"\$python\" -m benchmarks --device cuda $* \
-    --seconds 0.1 --out $(printf %q "$out")/gpu-$name"
-}
-if wants benchmarks; then
-  benchmark bfloat16 --dtype bfloat16 --no-compile
-  benchmark float32 --dtype float32 --no-compile
-fi
-if wants losses; then
-  benchmark losses-bfloat16 --dtype bfloat16 --only focal_loss --full
-  benchmark losses-float32 --dtype float32 --only focal_loss --full
-fi
-if wants implicit_gemm; then
-  DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-bfloat16 --dtype bfloat16 --only conv2d
-  DLOPS_CUDA_CONV2D=implicit_gemm benchmark implicit-gemm-tf32 --dtype float32 --tf32 --only conv2d
-fi
-if wants hopper; then
-  DLOPS_CUDA_CONV2D=implicit_gemm_wgmma benchmark wgmma-bfloat16 --dtype bfloat16 --only conv2d
-  DLOPS_CUDA_CONV2D=implicit_gemm_tma benchmark tma-bfloat16 --dtype bfloat16 --only conv2d
-  DLOPS_CUDA_CONV2D=implicit_gemm_tma benchmark tma-tf32 --dtype float32 --tf32 --only conv2d
+print(torch.__version__, torch.cuda.get_device_name())' || give_up device
+step build "$(within 330 60)" "$root/scripts/gpu_build.sh" || give_up build
+say
+if [ -n "${OUT:-}" ] && [ "$site/sources" -nt "$logs/device.log" ]; then
+  tar -C "$work" -czf "$out/gpu_check-site.tgz" site
+  find "$out/gpu_check-site.tgz" -size +15M -delete  # else nothing may come back
 fi
 
-for log in "$logs"/*.log "$logs"/sanitizer_*.txt; do
-  [ -f "$log" ] || continue
-  printf '\n======== %s\n' "$(basename "$log" .log)"
-  tail -c 60000 "$log"
-done > "$report.log"
+if wants smoke; then
+  for part in unfold max_pool2d sigmoid_focal_loss focal_loss $ways; do
+    step "smoke_$part" "$(within 30 0)" \
+      bash -c 'installed "$python" "$root/tests/gpu/smoke.py" "$1"' - "$part" &
+  done
+  wait
+  say
+fi
+
+# Side by side: none of them is timed. The large ones one after the other, for each wants tens of
+# gigabytes.
+if wants tests; then
+  limit=$(within 300 $after_tests)
+  suite agreement "$limit" 5 test_agreement.py "" &
+  suite modes "$limit" 1 test_modes.py "" &
+  suite implicit_gemm "$limit" 3 test_implicit_gemm.py "not hopper and not boxes and not wgmma" &
+  hangs implicit_gemm_wgmma ||
+    suite implicit_gemm_wgmma "$limit" 2 test_implicit_gemm.py "(hopper and not tma) or is_wgmma" &
+  hangs implicit_gemm_tma ||
+    suite implicit_gemm_tma "$limit" 2 test_implicit_gemm.py "(hopper and tma) or boxes" &
+  for way in $ways; do
+    [ "$way" = im2col ] && chosen="not 2_31" || chosen="conv and not 2_31"
+    hangs "$way" || DLOPS_CUDA_CONV2D=$way \
+      suite "execution_$way" "$limit" 1 test_execution.py "$chosen" &
+  done
+fi
+if wants large; then
+  for way in $ways; do
+    [ "$way" = im2col ] && chosen=2_31 || chosen="conv and 2_31"
+    hangs "$way" || DLOPS_CUDA_CONV2D=$way \
+      suite "large_$way" "$(within 120 $after_tests)" 1 test_execution.py "$chosen"
+  done &
+fi
+if wants tests || wants large; then
+  wait
+  say
+fi
+
+sanitize() {
+  local limit tool way filter=--kernel-regex
+  limit=$(within 300 $after_sanitizers)
+  PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:/usr/local/cuda/bin
+  compute-sanitizer --help 2>&1 | grep -q -e --kernel-name && filter=--kernel-name  # its new name
+  for tool in $tools; do
+    sanitizer "$tool" "$limit" ops unfold max_pool2d sigmoid_focal_loss focal_loss &
+    for way in $ways; do
+      hangs "$way" || sanitizer "$tool" "$limit" "$way" "$way" &
+    done
+  done
+  wait
+  say
+}
+
+benchmarks() {
+  local all
+  all=$(within 600 $after_benchmarks)
+  # shellcheck disable=SC2046
+  benchmark ways $((all * 3 / 4)) benchmarks.ways --ways $(ways_that_work)
+  benchmark others "$(within 600 $after_benchmarks)" benchmarks --device cuda --no-compile \
+    --only max_pool2d focal_loss unfold --dtype bfloat16 float32
+  say
+}
+
+for part in $wanted; do
+  case $part in
+    sanitizers) sanitize ;;
+    benchmarks) benchmarks ;;
+    losses) benchmark losses "$(within 600 0)" benchmarks --device cuda --only focal_loss --full \
+      --dtype bfloat16 float32 ;;
+    implicit_gemm) benchmark implicit-gemm "$(within 600 0)" benchmarks.ways --ways implicit_gemm ;;
+    hopper) benchmark hopper "$(within 600 0)" benchmarks.ways \
+      --ways implicit_gemm_wgmma implicit_gemm_tma ;;
+  esac
+done
+
 echo
-summary
+say
+echo "written: $report.json, $report.log"
 failed=$(grep -vc $'\tpassed\t' "$logs/steps.tsv")
 if ((failed > 0)); then
   echo "$failed steps did not pass; $report.log says why:"
   grep -v $'\tpassed\t' "$logs/steps.tsv" | while IFS=$'\t' read -r name status _; do
     printf '\n---- %s: %s\n' "$name" "$status"
-    if [ -f "$logs/$name.log" ]; then tail -n 15 "$logs/$name.log"; fi
+    if [ -f "$logs/$name.log" ]; then tail -n 12 "$logs/$name.log"; fi
   done
   exit 1
 fi

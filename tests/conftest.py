@@ -80,8 +80,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     # A test that passes reports once, in its call; a failing fixture or a skip in its setup.
+    # That a process has died is reported by another one, which knows no kind.
     if report.when == "call" or report.outcome != "passed":
-        _outcomes[dict(report.user_properties)["kind"], report.outcome] += 1
+        kind = dict(report.user_properties).get("kind", "other")
+        _outcomes[kind, report.outcome] += 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

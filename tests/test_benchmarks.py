@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_conv2d, report, run, steps  # noqa: E402
+from benchmarks import bench_conv2d, report, run, steps, ways  # noqa: E402
 from benchmarks.check import Baseline  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
@@ -126,6 +127,35 @@ def test_training_that_goes_another_way_is_not_timed(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(steps.AGREEMENT, torch.float32, -1.0)
     with pytest.raises(AssertionError, match="losses lie"):
         steps.compare("vanilla", torch.float32, "NCHW", BUDGET)
+
+
+def test_ways_of_convolution_have_rows_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ways.VARIABLE, "im2col")
+    out = str(tmp_path / "results")
+    command = ["ways", "--device", "cpu", "--quick", "--seconds", "0", "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", [*command, "--ways", "im2col", "implicit_gemm", "--out", out])
+    assert ways.main() == 0
+    rows = json.loads(Path(f"{out}.json").read_text())["rows"]
+    named = {(row["op"], row["case"], row["layout"], row["pass"]) for row in rows}
+    assert len(named) == len(rows) == 2 * 2 * 2  # ways, layouts, passes
+    assert {row["op"] for row in rows} == {"conv2d im2col", "conv2d implicit_gemm"}
+    assert "conv2d implicit_gemm, float32, NCHW | 1 |" in capsys.readouterr().out
+
+
+def test_a_way_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ways.VARIABLE, "im2col")
+
+    def ours(x: Tensor) -> Tensor:
+        return x * x + (0.1 if os.environ[ways.VARIABLE] == "implicit_gemm" else 0)
+
+    asked = ["implicit_gemm", "implicit_gemm_tma"]
+    rows, (complaint,) = ways.measure(
+        case_of(ours), asked, CPU, torch.float32, FixedLimits(CPU), BUDGET
+    )
+    assert [row["op"] for row in rows] == ["square implicit_gemm_tma"] * 2
+    assert complaint.startswith("implicit_gemm: errors")
 
 
 def test_convolution_work() -> None:

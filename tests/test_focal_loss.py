@@ -55,10 +55,14 @@ class Variant(NamedTuple):
         """`function` of input and target alone; the weight holds values that `dtype` can hold."""
         arguments = self.arguments(case)
         weight = arguments.pop("weight")
+        # Copied to a device by the first call alone: a copy is waited for, and no graph takes it.
+        copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
         def loss(input: Tensor, target: Tensor) -> Tensor:
-            used = None if weight is None else weight.to(dtype).to(input)
-            return function(input, target, used, **arguments, **more)
+            place = (input.device, input.dtype)
+            if weight is not None and place not in copies:
+                copies[place] = weight.to(dtype).to(*place)
+            return function(input, target, copies.get(place), **arguments, **more)
 
         return loss
 

@@ -35,10 +35,9 @@ TOLERANCES = {
 DTYPES = list(TOLERANCES)
 
 
-def comparable(x: Tensor) -> Tensor:
-    """On the CPU in double precision, where any two results can be compared."""
-    x = x.detach().cpu()
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+def comparable(x: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """On one device in double precision, where any two results can be compared."""
+    return x.detach().to(device, torch.complex128 if x.is_complex() else torch.float64)
 
 
 def error(result: Tensor, truth: Tensor, magnitude: float = 0.0) -> float:
@@ -48,7 +47,8 @@ def error(result: Tensor, truth: Tensor, magnitude: float = 0.0) -> float:
     Below the smallest normal number a dtype has fewer digits, so that is the least to relate to.
     """
     smallest = torch.finfo(result.dtype).smallest_normal
-    result, truth = comparable(result), comparable(truth)
+    device = truth.device  # large tensors are not moved for nothing
+    result, truth = comparable(result, device), comparable(truth, device)
     # NaN and infinities must stand in the same places; what is finite is measured.
     finite = truth.isfinite()
     torch.testing.assert_close(result[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)

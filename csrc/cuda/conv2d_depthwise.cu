@@ -1,7 +1,7 @@
 // Depthwise convolution (one input channel a group) on CUDA: no columns and no matrix product,
 // which would have a single column or row. Each index makes a pack of outputs (windows.cuh) from
 // what its windows hold; the gradient of the weight is summed over parts of the pixels, then over
-// the parts.
+// the parts (parts.cuh).
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
@@ -11,6 +11,7 @@
 
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d.h"
+#include "cuda/parts.cuh"
 #include "cuda/windows.cuh"
 
 namespace dlops::cuda {
@@ -167,7 +168,7 @@ struct PartOfGradWeight {
 template <class scalar_t>
 struct AddParts {
   using T = at::opmath_type<scalar_t>;
-  int64_t parts, weights;
+  Parts parts;
   Divider outputs, S;
   int64_t stride_o, stride_r, stride_s;  // of grad_weight
   const T* sums;
@@ -175,7 +176,7 @@ struct AddParts {
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
     T sum(0);
-    for (int64_t part = 0; part < parts; ++part) sum += sums[part * weights + i];
+    for (int64_t part = 0; part < parts.count; ++part) sum += sums[part * parts.step + i];
     int64_t o = i;
     int64_t s = outputs.split(o);
     const int64_t r = S.split(s);
@@ -279,7 +280,8 @@ void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_outpu
                      g, part_pixels, Divider(g.O), Divider(g.R * g.S), Divider(g.S), Divider(g.OH),
                      Divider(g.OW), Divider(g.outputs_per_group()), grad.const_data_ptr<scalar_t>(),
                      images.const_data_ptr<scalar_t>(), sums.mutable_data_ptr<T>()});
-        for_each(weights, AddParts<scalar_t>{parts, weights, Divider(g.O), Divider(g.S),
+        const Parts left = add_shares(sums.mutable_data_ptr<T>(), parts, weights);
+        for_each(weights, AddParts<scalar_t>{left, Divider(g.O), Divider(g.S),
                                              grad_weight.stride(0), grad_weight.stride(2),
                                              grad_weight.stride(3), sums.const_data_ptr<T>(),
                                              grad_weight.mutable_data_ptr<scalar_t>()});

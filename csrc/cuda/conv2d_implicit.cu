@@ -109,27 +109,29 @@ struct Conv2dCall {
   }
 };
 
+// Tiles of every size add up an output's products in the same order. Only where wgmma takes over
+// from mma.sync, and boxes from chunks, may the number of images change a result's bits.
 void launch_conv2d(const Conv2dCall& call, bool gathers) {
   const Conv2dGeometry& g = call.g;
   const int64_t outputs = g.outputs_per_group();
-  const int64_t large_tiles = g.groups *
-                              tiles_of(call.images.memory.size(0) * g.output_pixels(), 128) *
-                              tiles_of(outputs, 128);
-  const bool large = large_tiles >= kEnoughTiles;
+  const int64_t pixels = call.images.memory.size(0) * g.output_pixels();
+  const int64_t rows = g.groups * tiles_of(pixels, 128), enough = occupying_tiles();
+  const bool wide = outputs > 64 && rows * tiles_of(outputs, 128) >= enough;  // 128 x 128
+  const bool large = rows * tiles_of(outputs, 64) >= enough;                  // 128 x 64
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
     using enum Copies;
     if (large && !gathers &&
         takes_boxes(g, call.images.memory, call.images.channels, call.images.col)) {
-      outputs > 64 ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
-                   : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
+      wide ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
+           : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
       return;
     }
     if constexpr (sizeof(scalar_t) == 2) {
       if (large && asks_for_wgmma()) {
         if (gathers) {
           call.launch<scalar_t, 128, 64, gathered, GroupProducts>();
-        } else if (outputs > 64) {
+        } else if (wide) {
           call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
         } else {
           call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
@@ -141,7 +143,7 @@ void launch_conv2d(const Conv2dCall& call, bool gathers) {
       call.launch<scalar_t, 128, 64, gathered>();
     } else if (gathers) {
       call.launch<scalar_t, 64, 64, gathered>();
-    } else if (large && outputs > 64) {
+    } else if (wide) {
       call.launch<scalar_t, 128, 128, chunks>();
     } else if (large) {
       call.launch<scalar_t, 128, 64, chunks>();

@@ -16,12 +16,18 @@ namespace dlops::cuda {
 bool asks_for_wgmma();
 bool asks_for_boxes();
 
-// Enough tiles to occupy the largest devices, where there are as many. Fewer in tests, so that
-// small cases meet large tiles.
+// Enough tiles to occupy the largest devices: where the gradient of the weight is cut into parts,
+// the same on every device, for the cut decides on the order of its sums. Fewer in tests, so that
+// small cases are cut and meet large tiles.
 #if !defined(DLOPS_ENOUGH_TILES)
 #define DLOPS_ENOUGH_TILES 264
 #endif
 constexpr int64_t kEnoughTiles = DLOPS_ENOUGH_TILES;
+
+// Enough tiles for two thirds of the current device's multiprocessors. Tiles of half the size would
+// occupy more of it, but they bring up to half as many numbers again for the same products, and the
+// smallest do without wgmma. In tests kEnoughTiles.
+int64_t occupying_tiles();
 
 // Calls f(scalar_t()).
 template <class F>

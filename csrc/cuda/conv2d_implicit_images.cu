@@ -92,6 +92,14 @@ BoxesOfPixels boxes_of_pixels(const Conv2dGeometry& g, const at::Tensor& images,
 
 }  // namespace
 
+int64_t occupying_tiles() {
+#if defined(__CUDACC__)
+  return ceil_div(2 * at::cuda::getCurrentDeviceProperties()->multiProcessorCount, 3);
+#else
+  return kEnoughTiles;
+#endif
+}
+
 bool asks_for_implicit_gemm() { return choice() != Choice::im2col; }
 
 bool asks_for_wgmma() {

@@ -1,6 +1,6 @@
 // The gradient of a convolution's weight as implicit GEMM on the tensor cores
 // (conv2d_grad_weight_tiles.cuh). The pixels are cut into parts, which sum side by side; then the
-// parts are added in their order.
+// parts are added up (parts.cuh).
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include "cuda/conv2d_grad_weight_tiles.cuh"
 #include "cuda/conv2d_implicit.h"
 #include "cuda/divider.h"
+#include "cuda/parts.cuh"
 
 namespace dlops::cuda {
 namespace {
@@ -17,7 +18,7 @@ namespace {
 // channels.
 template <class scalar_t>
 struct AddParts {
-  int64_t count, parts;  // sums in a part
+  Parts parts;
   int64_t padded;
   Divider channels, S, R;
   int64_t stride_o, stride_c, stride_r, stride_s;
@@ -32,7 +33,7 @@ struct AddParts {
     int64_t r = S.split(s);
     const int64_t o = R.split(r);
     float sum = first[0];
-    for (int64_t part = 1; part < parts; ++part) sum += first[part * count];
+    for (int64_t part = 1; part < parts.count; ++part) sum += first[part * parts.step];
     grad_weight[o * stride_o + c * stride_c + r * stride_r + s * stride_s] =
         static_cast<scalar_t>(sum);
   }
@@ -138,11 +139,12 @@ void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output
     launch_grad_weight(
         {g, images.read(n, some), grads.read(n, some), channels, part_pixels, n > 0, sums}, copies);
   }
+  const Parts left = add_shares(sums.mutable_data_ptr<float>(), parts, count);
   with_dtype(input, [&](auto zero) {
     using scalar_t = decltype(zero);
     for_each(
         grad_weight.numel(),
-        AddParts<scalar_t>{count, parts, channels, Divider(g.channels_per_group()), Divider(g.S),
+        AddParts<scalar_t>{left, channels, Divider(g.channels_per_group()), Divider(g.S),
                            Divider(g.R), grad_weight.stride(0), grad_weight.stride(1),
                            grad_weight.stride(2), grad_weight.stride(3),
                            sums.const_data_ptr<float>(), grad_weight.mutable_data_ptr<scalar_t>()});

@@ -47,16 +47,17 @@ different = parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[::2], id
 different_low = parametrize("dtype", LOW_PRECISION[: 2 if DEVICE == "cuda" else 1], ids=ids)
 
 
-def tile_cases(N: int, H: int, W: int) -> list[Conv2dCase]:
+def tile_cases(N: int, H: int, W: int, few: tuple[int, int]) -> list[Conv2dCase]:
     """Whole tiles and their ends in every direction, columns copied by 16 bytes and gathered one by
     one, channels that fill whole copies and that do not, one part of the pixels and many; images
-    with pixels enough for large tiles, and others."""
+    with pixels enough for large tiles, with so `few` that these are not wide, and others."""
     return [
         Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
         Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
         Conv2dCase("large_tiles", (N, 24, H, W), (136, 24, 3, 3)),
         Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 1)),
         Conv2dCase("large_groups", (N, 48, H, W), (144, 24, 1, 2), padding=(0, 1), groups=2),
+        Conv2dCase("tiles_too_few_to_be_wide", (1, 24, *few), (128, 24, 1, 2)),
         Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
         Conv2dCase("stride_and_dilation", (2, 8, 25, 26), (16, 8, 3, 4), (2, 6), 5, (2, 3)),
         Conv2dCase("stride_past_kernel", (2, 8, 16, 15), (8, 8, 2, 1), stride=(5, 3)),
@@ -70,7 +71,9 @@ def tile_cases(N: int, H: int, W: int) -> list[Conv2dCase]:
     ]
 
 
-def box_cases(N: int, H: int, W: int, far: int, copied: tuple[int, int]) -> list[Conv2dCase]:
+def box_cases(
+    N: int, H: int, W: int, far: int, copied: tuple[int, int], few: tuple[int, int]
+) -> list[Conv2dCase]:
     """Whole boxes of 64 channels and their ends, several images, every reason for a box to be cut
     off, the most that a box can reach and more. `copied`: images that are copied, on the host one
     at a time."""
@@ -81,6 +84,7 @@ def box_cases(N: int, H: int, W: int, far: int, copied: tuple[int, int]) -> list
         Conv2dCase("boxes_without_window", (N, 56, H, W), (136, 56, 1, 1)),
         Conv2dCase("wide_boxes", (N, 48, 2 * H, 3 * W), (128, 48, 3, 4), (2, 3), (2, 1), (2, 1)),
         Conv2dCase("boxes_past_kernel", (N, 64, 2 * H, 2 * W), (128, 64, 1, 1), stride=2),
+        Conv2dCase("boxes_too_few_to_be_wide", (1, 128, *few), (128, 128, 1, 2)),
         Conv2dCase("boxes_of_stride_8", (N, 64, H, 8 * W), (128, 64, 1, 2), stride=(1, 8)),
         Conv2dCase("far_boxes", (3 * N, 48, far, 151), (128, 48, 1, 3), 1, (0, 60), (1, 64)),
         Conv2dCase("farthest_boxes", (N, 64, far, 300), (128, 64, 1, 2), 1, (0, 127), (1, 255)),
@@ -90,11 +94,13 @@ def box_cases(N: int, H: int, W: int, far: int, copied: tuple[int, int]) -> list
     ]
 
 
-# On the host, where eight tiles are enough for large ones (test_on_host.py), small images are.
-ENOUGH_TILES = 264
-GPU_TILES, GPU_BOXES = tile_cases(3, 107, 106), box_cases(4, 92, 93, 30, (92, 93))
-TILES = GPU_TILES if DEVICE == "cuda" else tile_cases(1, 33, 32)
-BOXES = GPU_BOXES if DEVICE == "cuda" else box_cases(3, 19, 18, 6, (3 * 19, 2 * 18))
+# Tiles are large where they occupy two thirds of the multiprocessors: of 91 the fewest, of 180 the
+# most. On the host eight are enough (test_on_host.py), and so small images.
+FEWEST_TILES, ENOUGH_TILES = 61, 120
+GPU_TILES = tile_cases(3, 72, 71, (87, 88))
+GPU_BOXES = box_cases(4, 61, 63, 14, (64, 62), (87, 88))
+TILES = GPU_TILES if DEVICE == "cuda" else tile_cases(1, 33, 32, (20, 22))
+BOXES = GPU_BOXES if DEVICE == "cuda" else box_cases(3, 19, 18, 6, (3 * 19, 2 * 18), (20, 22))
 # Without products: vectors of channels, four planes at a time and what is left of them.
 DEPTHWISE = [
     Conv2dCase("depthwise_vectors", (3, 24, 9, 10), (24, 1, 3, 3), padding=1, groups=24),
@@ -144,20 +150,27 @@ def test_exact_on_small_integers(case: Conv2dCase, layout: str, dtype: torch.dty
     check_rounded_once(problem, [LAYOUTS[layout](image), *others], dtype)
 
 
+def tiles_of(case: Conv2dCase, width: int) -> list[int]:
+    """Tiles of 128 pixels by `width` outputs in the output and, where it is one convolution, in the
+    gradient of the image."""
+    image, weight = (torch.empty(size, device="meta") for size in (case.input, case.weight))
+    results = [torch.conv2d(image, weight, **case.arguments())]
+    results += [image] if case.stride == 1 else []
+    return [
+        case.groups * -(-result[:, 0].numel() // 128) * -(-result.shape[1] // case.groups // width)
+        for result in results
+    ]
+
+
 @pytest.mark.oracle
-@parametrize(
-    "case", [case for case in GPU_TILES if case.id.startswith("large")] + GPU_BOXES, ids=ids
-)
-def test_the_large_cases_are_large_enough_on_a_gpu(case: Conv2dCase) -> None:
+@parametrize("case", GPU_TILES + GPU_BOXES, ids=ids)
+def test_cases_meet_the_tiles_that_they_are_named_for_on_a_gpu(case: Conv2dCase) -> None:
     """Else small tiles, which ask for no boxes, would be tested in their name."""
-    outputs, channels = case.weight[:2]
-    image, weight, _ = (torch.empty(size, device="meta") for size in (case.input, case.weight, ()))
-    pixels = torch.conv2d(image, weight, **case.arguments())[:, 0].numel()
-    tiles = case.groups * -(-pixels // 128) * -(-outputs // case.groups // 128)
-    assert tiles >= ENOUGH_TILES
-    if case.stride == 1:  # the gradient of the image is one convolution
-        pixels = image[:, 0].numel()
-        assert case.groups * -(-pixels // 128) * -(-channels // 128) >= ENOUGH_TILES
+    if "too_few" in case.id:
+        assert tiles_of(case, 128)[0] < FEWEST_TILES
+        assert tiles_of(case, 64)[0] >= ENOUGH_TILES
+    elif case in GPU_BOXES or case.id.startswith("large"):
+        assert min(tiles_of(case, 128)) >= ENOUGH_TILES
 
 
 def ask_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def compile_command(source: Path, target: Path) -> list[str | Path]:
         *(flag for folder in include for flag in ("-isystem", folder)),
         *("-I", CSRC, "-I", TESTS / "gpu" / "host", "-DTORCH_EXTENSION_NAME=_C"),
         # Small, so that small cases are cut and meet every tile.
-        *("-DDLOPS_WORKSPACE_BYTES=8192", "-DDLOPS_ENOUGH_TILES=8"),
+        *("-DDLOPS_WORKSPACE_BYTES=8192", "-DDLOPS_ENOUGH_TILES=8", "-DDLOPS_FEW_PARTS=2"),
         *(f'-DDLOPS_{name}=""' for name in texts),
         *("-x", "c++", "-c", source, "-o", target),
     ]
@@ -129,6 +129,28 @@ def test_op_tests(suite: str, suites: dict[str, Future[subprocess.CompletedProce
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None, result.stdout[-2000:]
     assert int(passed[1]) > 50
+
+
+@pytest.mark.parametrize("run", ["smoke focal_loss", "smoke implicit_gemm", "sanitize unfold"])
+def test_what_runs_first_on_a_gpu(run: str, package: Path) -> None:
+    """The scripts of scripts/gpu_check.sh, which have no time there for mistakes of their own."""
+    script, part = run.split()
+    folders = (package, TESTS, TESTS / "gpu")
+    result = subprocess.run(
+        [sys.executable, TESTS / "gpu" / f"{script}.py", part],
+        cwd=package,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, folders)),
+            "OMP_NUM_THREADS": "1",
+            "DLOPS_TEST_DEVICE": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{script}: {part}" in result.stdout
 
 
 def test_divider(tmp_path: Path) -> None:
