@@ -15,7 +15,10 @@ from test_focal_loss import VARIANTS
 from test_implicit_gemm import BOXES, DEPTHWISE, TILES
 
 WANTED = ("3x3", "grouped", "tails", "1x1", "dilated", "ceil", "cells_over_256", "7x7_stride")
-ROWS = [FocalCase("", size) for size in ((7, 5), (7, 100), (3, 2500), (2, 5, 3, 4))]
+ROWS = [
+    FocalCase("", size)
+    for size in ((7, 5), (7, 100), (3, 1000), (3, 2500), (2, 5, 3, 4), (2, 300, 3, 4))
+]
 
 
 def run(problems: list[Problem], dtype: torch.dtype) -> None:
