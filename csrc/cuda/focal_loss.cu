@@ -254,10 +254,10 @@ struct Call {
   at::TensorOptions sum_options() const {
     return input.options().dtype(at::toOpMathType(input.scalar_type()));
   }
+  template <class scalar_t>
   RowShape rows() const {
-    return {shape.rows(), shape.classes, stride(), 16 / static_cast<int64_t>(input.element_size())};
+    return {shape.rows(), shape.classes, stride(), kPacks<scalar_t> * Pack<scalar_t>::width};
   }
-
   // `output`: another tensor like the input that is read or written 16 bytes at a time.
   template <class scalar_t>
   FocalArgs<scalar_t> args(const at::Tensor& output = {}) const {
@@ -307,10 +307,11 @@ struct Call {
     at::Tensor result = at::empty(reduced() ? scalar : shape.loss, input.options());
     scalar_t* to = result.mutable_data_ptr<scalar_t>();
     if (reduced()) {
-      sum_rows(rows(), f, StoreReduced<scalar_t>{to, divisor<scalar_t>(normalizer)}, sum_options());
+      sum_rows(rows<scalar_t>(), f, StoreReduced<scalar_t>{to, divisor<scalar_t>(normalizer)},
+               sum_options());
     } else {
       f.each = to;
-      for_each_row(rows(), f);
+      for_each_row(rows<scalar_t>(), f);
     }
     return result;
   }
@@ -367,7 +368,7 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
     rows.upstream = call.upstream<scalar_t>(grad, normalizer);
     rows.grad_input = mutable_data_or_null<scalar_t>(grad_input);
     rows.grad_target = mutable_data_or_null<scalar_t>(grad_target);
-    for_each_row(call.rows(), rows);
+    for_each_row(call.rows<scalar_t>(), rows);
   });
   return {grad_input, grad_target};
 }
@@ -388,7 +389,7 @@ void focal_loss_scale_grad(const at::Tensor& grad_input, const at::Tensor& grad_
     rows.upstream = call.upstream<scalar_t>(grad, normalizer);
     rows.grad_input = mutable_data_or_null<scalar_t>(result);
     rows.is_done_for_one = call.reduced();
-    for_each_row(call.rows(), rows, kFewBlocks);
+    for_each_row(call.rows<scalar_t>(), rows, kFewBlocks);
   });
   if (!result.is_same(grad_input)) grad_input.copy_(result);
 }
@@ -428,7 +429,7 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
   at::Tensor grad_input = call.empty_grad(output_mask[0]);
   at::Tensor grad_target = call.empty_grad(output_mask[1] && call.shape.has_probabilities);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
-    for_each_row(call.rows(),
+    for_each_row(call.rows<scalar_t>(),
                  GradientTangent<scalar_t>{
                      call.args<scalar_t>(), call.upstream<scalar_t>(grad, normalizer),
                      data_or_null<scalar_t>(along_input), data_or_null<scalar_t>(along_target),

@@ -18,6 +18,9 @@ struct alignas(16) Pack {
   static constexpr int width = 16 / sizeof(scalar_t);
   scalar_t of[width];
 };
+// How many of them a member holds: of narrow types fewer, which take more registers at work.
+template <class scalar_t>
+constexpr int kPacks = sizeof(scalar_t) < 4 ? 4 : 8;
 
 // How the elements of a row stand in memory.
 struct RowLayout {
@@ -71,33 +74,38 @@ class RowShare {
 
  private:
   static constexpr int kWidth = Pack<scalar_t>::width;
-  static constexpr int64_t kTeamPack = Team::size * kWidth, kChunk = kPacks * kTeamPack;
+  static constexpr int64_t kTeamPack = Team::size * kWidth, kChunk = kPacks<scalar_t> * kTeamPack;
 
   // Calls f(k, its first class) for the member's packs of a chunk: `step_` lies between the classes
   // of a pack, so that neighbouring members read neighbouring bytes either way.
   template <class F>
   DLOPS_HOST_DEVICE void for_each_pack(int64_t begin, const F& f) const {
     DLOPS_UNROLL
-    for (int k = 0; k < kPacks; ++k) {
+    for (int k = 0; k < kPacks<scalar_t>; ++k) {
       const int64_t first = begin + k * kTeamPack;
       if (first >= classes_) break;
       f(k, first + own_);
     }
   }
   DLOPS_HOST_DEVICE void load(int64_t begin) {
-    for_each_pack(begin, [&](int k, int64_t first) {
-      if (in_packs_ && first < classes_) {
-        packs_[k] = *reinterpret_cast<const Pack<scalar_t>*>(logits_ + first);
-        return;
-      }
+    const auto none = static_cast<scalar_t>(-std::numeric_limits<float>::infinity());
+    for_each_pack(begin, [&](int k, int64_t) {
       DLOPS_UNROLL
-      for (int j = 0; j < kWidth; ++j) {
-        const int64_t c = first + j * step_;
-        packs_[k].of[j] = c < classes_
-                              ? logits_[c * stride_]
-                              : static_cast<scalar_t>(-std::numeric_limits<float>::infinity());
-      }
+      for (scalar_t& logit : packs_[k].of) logit = none;
     });
+    if (in_packs_) {
+      for_each_pack(begin, [&](int k, int64_t first) {
+        if (first < classes_) packs_[k] = *reinterpret_cast<const Pack<scalar_t>*>(logits_ + first);
+      });
+    } else {
+      for_each_pack(begin, [&](int k, int64_t first) {
+        DLOPS_UNROLL
+        for (int j = 0; j < kWidth; ++j) {
+          const int64_t c = first + j * step_;
+          if (c < classes_) packs_[k].of[j] = logits_[c * stride_];
+        }
+      });
+    }
     begin_ = begin;
   }
   DLOPS_HOST_DEVICE void store(const Pack<scalar_t>& pack, scalar_t* to, int64_t first) const {
@@ -117,7 +125,7 @@ class RowShare {
   bool in_packs_;
   int64_t own_, step_;
   int64_t begin_ = -1;  // of the chunk in `packs_`
-  Pack<scalar_t> packs_[kPacks] = {};
+  Pack<scalar_t> packs_[kPacks<scalar_t>] = {};
 };
 
 }  // namespace dlops::cuda

@@ -11,11 +11,8 @@ namespace dlops::cuda {
 struct RowShape {
   int64_t rows, length;
   int64_t stride;  // from one element of a row to the next
-  int64_t width;   // elements in 16 bytes
+  int64_t share;   // elements that a member of a team holds in registers (row_share.cuh)
 };
-
-// What a member of a team holds in registers (row_share.cuh): that many times 16 bytes.
-constexpr int kPacks = 8;
 
 }  // namespace dlops::cuda
 
@@ -104,12 +101,11 @@ struct SliceTeam {
 // Calls g(team) with the kind of team that suits the rows.
 template <class G>
 void with_team(const RowShape& shape, const G& g) {
-  const int64_t packs = (shape.length + shape.width - 1) / shape.width;
   // Apart, neighbouring threads read neighbouring rows, one each while the registers hold it.
-  if (shape.stride > 1) return packs <= kPacks ? g(ThreadTeam()) : g(SliceTeam());
+  if (shape.stride > 1) return shape.length <= shape.share ? g(ThreadTeam()) : g(SliceTeam());
   if (shape.length <= 16) return g(ThreadTeam());  // short rows would leave lanes idle
-  if (packs <= 8 * kPacks) return g(LanesTeam<8>());
-  if (packs <= 32 * kPacks) return g(LanesTeam<32>());
+  if (shape.length <= 8 * shape.share) return g(LanesTeam<8>());
+  if (shape.length <= 32 * shape.share) return g(LanesTeam<32>());
   return g(BlockTeam());
 }
 
