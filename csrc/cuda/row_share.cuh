@@ -39,7 +39,8 @@ class RowShare {
         stride_(layout.stride),
         in_packs_(layout.in_packs),
         own_(layout.in_packs ? rank * kWidth : rank),
-        step_(layout.in_packs ? 1 : Team::size) {}
+        step_(layout.in_packs ? 1 : Team::size),
+        pitch_(step_ * stride_) {}
 
   // Calls f() for each chunk, when its logits are there. A row of one chunk is read once.
   template <class F>
@@ -101,8 +102,7 @@ class RowShare {
       for_each_pack(begin, [&](int k, int64_t first) {
         DLOPS_UNROLL
         for (int j = 0; j < kWidth; ++j) {
-          const int64_t c = first + j * step_;
-          if (c < classes_) packs_[k].of[j] = logits_[c * stride_];
+          if (first + j * step_ < classes_) packs_[k].of[j] = logits_[first * stride_ + j * pitch_];
         }
       });
     }
@@ -115,16 +115,16 @@ class RowShare {
     }
     DLOPS_UNROLL
     for (int j = 0; j < kWidth; ++j) {
-      const int64_t c = first + j * step_;
-      if (c < classes_) to[c * stride_] = pack.of[j];
+      if (first + j * step_ < classes_) to[first * stride_ + j * pitch_] = pack.of[j];
     }
   }
 
   const scalar_t* logits_;
   int64_t classes_, stride_;
   bool in_packs_;
-  int64_t own_, step_;
-  int64_t begin_ = -1;  // of the chunk in `packs_`
+  int64_t own_;           // the member's first class in a pack of the whole team
+  int64_t step_, pitch_;  // from one to the next of its classes, and in memory
+  int64_t begin_ = -1;    // of the chunk in `packs_`
   Pack<scalar_t> packs_[kPacks<scalar_t>] = {};
 };
 

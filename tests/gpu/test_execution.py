@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import process
@@ -137,9 +138,14 @@ def ones(size: Any, seed: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # A loss's gradient that waits for backward (dlops/ops/kept_gradient.py)
 
-TARGET = torch.arange(257) % 300
+
+@cache
+def labels() -> Tensor:
+    return torch.arange(257, device=DEVICE)
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
-    "focal_loss": lambda x, **more: F.focal_loss(x, TARGET.to(x.device), **more),
+    "focal_loss": lambda x, **more: F.focal_loss(x, labels(), **more),
     "sigmoid_focal_loss": lambda x, **more: F.sigmoid_focal_loss(x, torch.zeros_like(x), **more),
 }
 of_losses = parametrize("loss", LOSSES.values(), ids=LOSSES)
