@@ -1,5 +1,5 @@
 """Losses whose gradient is worked out together with the loss and waits for the backward pass, which
-then reads neither logits nor targets again."""
+then reads neither logits nor targets again, except on a GPU where grad_output is not 1."""
 
 from typing import Any
 
