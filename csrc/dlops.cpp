@@ -8,6 +8,9 @@
 #include <torch/python.h>
 
 #include "build_info.h"
+#if defined(DLOPS_WITH_CUDA)
+#include "cuda/capture.h"
+#endif
 
 TORCH_LIBRARY(dlops, m) {
   // Convolution: bilinear, so these three are closed under differentiation.
@@ -53,7 +56,8 @@ TORCH_LIBRARY(dlops, m) {
 
   // Focal losses: the value, its product with a covector (the backward), with a tangent (forward
   // mode), and the derivative of the backward along a tangent. `and_grad` is the value with the
-  // product for a covector of ones, worked out together.
+  // product for a covector of ones, worked out together; `scale_grad` turns that product into the
+  // one for grad_output, in place.
   m.def(
       "sigmoid_focal_loss(Tensor inputs, Tensor targets, Tensor? class_alpha, float alpha, "
       "float gamma, int reduction) -> Tensor");
@@ -61,6 +65,9 @@ TORCH_LIBRARY(dlops, m) {
       "sigmoid_focal_loss_and_grad(Tensor inputs, Tensor targets, Tensor? class_alpha, float "
       "alpha, "
       "float gamma, int reduction) -> (Tensor loss, Tensor grad_inputs)");
+  m.def(
+      "sigmoid_focal_loss_scale_grad(Tensor(a!) grad_inputs, Tensor grad_output, Tensor inputs, "
+      "Tensor targets, Tensor? class_alpha, float alpha, float gamma, int reduction) -> ()");
   m.def(
       "sigmoid_focal_loss_vjp(Tensor grad_output, Tensor inputs, Tensor targets, "
       "Tensor? class_alpha, float alpha, float gamma, int reduction, bool[2] output_mask) "
@@ -84,6 +91,10 @@ TORCH_LIBRARY(dlops, m) {
       "SymInt ignore_index, int reduction, float label_smoothing) "
       "-> (Tensor loss, Tensor normalizer, Tensor grad_input)");
   m.def(
+      "focal_loss_scale_grad(Tensor(a!) grad_input, Tensor grad_output, Tensor normalizer, "
+      "Tensor input, Tensor target, Tensor? weight, float gamma, SymInt ignore_index, "
+      "int reduction, float label_smoothing) -> ()");
+  m.def(
       "focal_loss_vjp(Tensor grad_output, Tensor normalizer, Tensor input, Tensor target, "
       "Tensor? weight, float gamma, SymInt ignore_index, int reduction, float label_smoothing, "
       "bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)");
@@ -101,4 +112,8 @@ TORCH_LIBRARY(dlops, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &dlops::build_info,
         "What this binary was built with, and what it found on this machine, as a dict.");
+#if defined(DLOPS_WITH_CUDA)
+  m.def("capture", &dlops::cuda::capture,
+        "The number of the CUDA graph that a device's current stream captures, 0 if none.");
+#endif
 }

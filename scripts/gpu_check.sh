@@ -185,6 +185,7 @@ if wants tests; then
   limit=$(within 300 $after_tests)
   suite agreement "$limit" 5 test_agreement.py "" &
   suite modes "$limit" 1 test_modes.py "" &
+  suite loss_kernels "$limit" 1 test_losses.py "" &
   suite implicit_gemm "$limit" 3 test_implicit_gemm.py "not hopper and not boxes and not wgmma" &
   hangs implicit_gemm_wgmma ||
     suite implicit_gemm_wgmma "$limit" 2 test_implicit_gemm.py "(hopper and not tma) or is_wgmma" &

@@ -102,6 +102,9 @@ def sigmoid_samples() -> list[Sample]:
         samples += [
             Sample("sigmoid_focal_loss", call),
             Sample("sigmoid_focal_loss_and_grad", constants(*call)),
+            Sample(
+                "sigmoid_focal_loss_scale_grad", constants(inputs.clone(), grad_output * 2, *call)
+            ),
             Sample("sigmoid_focal_loss_vjp", (grad_output, *call, mask)),
             Sample("sigmoid_focal_loss_vjp", (grad_output, *call, [True, False])),
             Sample("sigmoid_focal_loss_jvp", (*tangents, *call)),
@@ -128,6 +131,10 @@ def focal_samples() -> list[Sample]:
             samples += [
                 Sample("focal_loss", call),
                 Sample("focal_loss_and_grad", constants(*call)),
+                Sample(
+                    "focal_loss_scale_grad",
+                    constants(logits.clone(), grad_output * 2, normalizer, *call),
+                ),
                 Sample("focal_loss_vjp", (grad_output, normalizer, *call, mask)),
                 Sample("focal_loss_jvp", (normalizer, *tangents, *call)),
                 Sample(

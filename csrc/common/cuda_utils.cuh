@@ -32,14 +32,17 @@
 
 namespace dlops::cuda {
 
+// Of a launch. Fewer where the kernel may find that there is nothing to do, so that it ends at
+// once; some for each multiprocessor are enough to read and write as fast as the memory does.
+constexpr int64_t kMaxBlocks = 1 << 30, kFewBlocks = 1024;
+
 #if defined(__CUDACC__)
 
 constexpr int kThreads = 256;
 
 // Blocks of kThreads for `count` indices; the loop in the kernel takes what is left.
-inline unsigned blocks_for(int64_t count) {
-  constexpr int64_t kMaxBlocks = 1 << 30;
-  return static_cast<unsigned>(std::min((count + kThreads - 1) / kThreads, kMaxBlocks));
+inline unsigned blocks_for(int64_t count, int64_t max_blocks) {
+  return static_cast<unsigned>(std::min((count + kThreads - 1) / kThreads, max_blocks));
 }
 
 template <class F>
@@ -51,10 +54,10 @@ __global__ void __launch_bounds__(kThreads) for_each_kernel(const int64_t count,
 
 // Calls f(0) ... f(count - 1), in no order.
 template <class F>
-void for_each(int64_t count, const F& f) {
+void for_each(int64_t count, const F& f, int64_t max_blocks = kMaxBlocks) {
   if (count == 0) return;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  for_each_kernel<<<blocks_for(count), kThreads, 0, stream>>>(count, f);
+  for_each_kernel<<<blocks_for(count, max_blocks), kThreads, 0, stream>>>(count, f);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -10,6 +10,7 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -218,6 +219,30 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> focal_loss_and_grad(
   return {call.reduced() ? call.reduced_to(sum, call.normalizer) : loss, divisor, grad_input};
 }
 
+void focal_loss_scale_grad(const at::Tensor& grad_input, const at::Tensor& grad_output,
+                           const at::Tensor&, const at::Tensor& input, const at::Tensor& target,
+                           const std::optional<at::Tensor>& weight, double, int64_t ignore_index,
+                           int64_t reduction, double label_smoothing) {
+  constexpr const char* op = "focal_loss_scale_grad";
+  const FocalShape shape =
+      check_focal_loss(input, target, weight, ignore_index, reduction, label_smoothing, op);
+  check_grad_output(grad_output, shape.loss, reduction, op);
+  if (reduction != at::Reduction::None) {
+    const double factor = grad_output.item<double>();
+    if (factor == 1) return;
+    if (std::isfinite(factor)) {
+      grad_input.mul_(grad_output);
+      return;
+    }
+  }
+  // A factor that is not finite would leave NaN in ignored rows.
+  at::Tensor factors = grad_output;
+  if (!shape.has_probabilities)
+    factors = grad_output.expand(shape.loss).masked_fill(target.eq(ignore_index), 0);
+  const bool for_rows = factors.dim() > 0 && input.dim() > 1;
+  grad_input.mul_(for_rows ? factors.unsqueeze(1) : factors);
+}
+
 std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
                                                   const at::Tensor& normalizer,
                                                   const at::Tensor& input, const at::Tensor& target,
@@ -316,6 +341,7 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
 TORCH_LIBRARY_IMPL(dlops, CPU, m) {
   m.impl("focal_loss", &dlops::cpu::focal_loss);
   m.impl("focal_loss_and_grad", &dlops::cpu::focal_loss_and_grad);
+  m.impl("focal_loss_scale_grad", &dlops::cpu::focal_loss_scale_grad);
   m.impl("focal_loss_vjp", &dlops::cpu::focal_loss_vjp);
   m.impl("focal_loss_jvp", &dlops::cpu::focal_loss_jvp);
   m.impl("focal_loss_hvp", &dlops::cpu::focal_loss_hvp);

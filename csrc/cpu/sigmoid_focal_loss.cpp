@@ -124,6 +124,17 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_and_grad(
   return {call.reduced() ? call.reduced_to(sum) : loss, grad_inputs};
 }
 
+void sigmoid_focal_loss_scale_grad(const at::Tensor& grad_inputs, const at::Tensor& grad_output,
+                                   const at::Tensor& inputs, const at::Tensor& targets,
+                                   const std::optional<at::Tensor>& class_alpha, double, double,
+                                   int64_t reduction) {
+  constexpr const char* op = "sigmoid_focal_loss_scale_grad";
+  check_sigmoid_focal_loss(inputs, targets, class_alpha, reduction, op);
+  check_grad_output(grad_output, inputs.sizes(), reduction, op);
+  if (reduction != at::Reduction::None && grad_output.item<double>() == 1) return;
+  grad_inputs.mul_(grad_output);
+}
+
 std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
     const at::Tensor& grad_output, const at::Tensor& inputs, const at::Tensor& targets,
     const std::optional<at::Tensor>& class_alpha, double alpha, double gamma, int64_t reduction,
@@ -205,6 +216,7 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_hvp(
 TORCH_LIBRARY_IMPL(dlops, CPU, m) {
   m.impl("sigmoid_focal_loss", &dlops::cpu::sigmoid_focal_loss);
   m.impl("sigmoid_focal_loss_and_grad", &dlops::cpu::sigmoid_focal_loss_and_grad);
+  m.impl("sigmoid_focal_loss_scale_grad", &dlops::cpu::sigmoid_focal_loss_scale_grad);
   m.impl("sigmoid_focal_loss_vjp", &dlops::cpu::sigmoid_focal_loss_vjp);
   m.impl("sigmoid_focal_loss_jvp", &dlops::cpu::sigmoid_focal_loss_jvp);
   m.impl("sigmoid_focal_loss_hvp", &dlops::cpu::sigmoid_focal_loss_hvp);

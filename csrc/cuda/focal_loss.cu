@@ -1,10 +1,10 @@
-// Softmax focal loss on CUDA: a team of threads for each row (rows.cuh, softmax_row.cuh).
+// Softmax focal loss on CUDA: a team of threads for each row (rows.cuh, softmax_row.cuh), which is
+// read once where its registers hold it, for the loss and its gradient alike.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -20,37 +20,87 @@ namespace {
 
 // -------------------------------------------------------------------------------------- kernels
 
-template <class scalar_t, class out_t>
-struct Loss {
+// What multiplies a row's derivatives.
+template <class scalar_t>
+struct Upstream {
+  using T = at::opmath_type<scalar_t>;
+  const scalar_t* grad_output;  // null stands for ones
+  bool each;                    // one for each row, or one for all
+  const T* normalizer;          // what the mean divides by, or null
+
+  DLOPS_HOST_DEVICE T operator()(int64_t row) const {
+    const T grad = grad_output == nullptr ? T(1) : static_cast<T>(grad_output[each ? row : 0]);
+    return normalizer == nullptr ? grad : grad / *normalizer;
+  }
+  DLOPS_HOST_DEVICE bool is_one() const { return static_cast<T>(*grad_output) == T(1); }
+};
+
+// The loss and its gradient, each where it is asked for: one kernel for both, so that either has
+// the same bits without the other. Returns the loss.
+//
+// grad_input = g_c - p_c sum(g), where g_c is the slope of class c, as g_c (1 - p_c) - p_c (the
+// others' slopes).
+template <class scalar_t>
+struct LossAndGradient {
+  using T = at::opmath_type<scalar_t>;
   FocalArgs<scalar_t> args;
-  out_t* loss;
+  scalar_t* each = nullptr;  // a loss for each row; null here and below: not asked for
+  Upstream<scalar_t> upstream = {};
+  scalar_t* grad_input = nullptr;
+  scalar_t* grad_target = nullptr;
+  bool is_done_for_one = false;  // grad_input holds what it is for a grad_output of 1
 
   template <class Team>
-  DLOPS_HOST_DEVICE void operator()(int64_t i, const Team& team) const {
-    using T = at::opmath_type<scalar_t>;
-    const Row<scalar_t, Team> row(args, i, team);
-    T value(0);
-    if (!row.ignored)
-      value = row.sum_of_shares(
-          [&](int64_t c) { return weighted_loss(row.share(c), row.focal(c).loss()); });
-    if (row.is_first_member()) loss[i] = static_cast<out_t>(value);
+  DLOPS_HOST_DEVICE T operator()(int64_t i, const Team& team) const {
+    if (is_done_for_one && upstream.is_one()) return T(0);
+    Row<scalar_t, Team> row(args, i, team);
+    const Sums<T> sums = row.takes_part() ? row.sums() : Sums<T>{};
+    if (each != nullptr && row.is_first_member()) each[i] = static_cast<scalar_t>(sums.loss);
+    if (row.ignored) {
+      row.clear(grad_input);
+      row.clear(grad_target);
+      return T(0);
+    }
+    if (grad_input == nullptr && grad_target == nullptr) return sums.loss;
+    const T factor = upstream(i);
+    if (grad_input != nullptr) write_grad_input(row, factor, factor * sums.slope);
+    if (grad_target != nullptr)
+      row.for_each_class([&](int64_t c) {
+        row.set(grad_target, c, factor * args.kept * args.class_weight(c) * row.focal(c).loss());
+      });
+    return sums.loss;
+  }
+
+  template <class R>
+  DLOPS_HOST_DEVICE void write_grad_input(R& row, T factor, T slopes) const {
+    if (row.has_one_class()) {
+      const T at_label = slopes * row.not_p(row.label), others = -(slopes * row.inverse);
+      row.logits.write(grad_input + row.first, [&](int64_t c, T x) {
+        return c == row.label ? at_label : others * ScalarMath<T>::exp(x - row.max);
+      });
+    } else {
+      row.for_each_class([&](int64_t c) {
+        const T own = factor * row.slope(c);
+        row.set(grad_input, c, own * row.not_p(c) - row.p(c) * (slopes - own));
+      });
+    }
   }
 };
 
 // The loss's tangent. Either tangent may be null, which stands for zero.
-template <class scalar_t, class out_t>
+template <class scalar_t>
 struct Tangent {
+  using T = at::opmath_type<scalar_t>;
   FocalArgs<scalar_t> args;
   const scalar_t* tangent_input;
   const scalar_t* tangent_target;
-  out_t* tangent;
+  scalar_t* each = nullptr;  // for each row, where not their reduction is asked for
 
   template <class Team>
-  DLOPS_HOST_DEVICE void operator()(int64_t i, const Team& team) const {
-    using T = at::opmath_type<scalar_t>;
+  DLOPS_HOST_DEVICE T operator()(int64_t i, const Team& team) const {
     const Row<scalar_t, Team> row(args, i, team);
     T value(0);
-    if (!row.ignored) {
+    if (row.takes_part()) {
       const Centred<scalar_t, Team> centred(row, tangent_input);
       value = row.sum_of_shares([&](int64_t c) { return row.slope(c) * centred.value(c); });
       if (tangent_target != nullptr)
@@ -58,52 +108,8 @@ struct Tangent {
           return args.kept * args.class_weight(c) * row.focal(c).loss() * row.at(tangent_target, c);
         });
     }
-    if (row.is_first_member()) tangent[i] = static_cast<out_t>(value);
-  }
-};
-
-// What multiplies a row's derivatives.
-template <class scalar_t>
-struct Upstream {
-  using T = at::opmath_type<scalar_t>;
-  const scalar_t* grad_output;
-  bool each;            // one for each row, or one for all
-  const T* normalizer;  // what the mean divides by, or null
-
-  DLOPS_HOST_DEVICE T operator()(int64_t row) const {
-    const T grad = static_cast<T>(grad_output[each ? row : 0]);
-    return normalizer == nullptr ? grad : grad / *normalizer;
-  }
-};
-
-// grad_input = g_c - p_c sum(g), where g_c is the slope of class c, as g_c (1 - p_c) - p_c (the
-// others' slopes). Either result may be null, here and below.
-template <class scalar_t>
-struct Gradient {
-  FocalArgs<scalar_t> args;
-  Upstream<scalar_t> upstream;
-  scalar_t* grad_input;
-  scalar_t* grad_target;
-
-  template <class Team>
-  DLOPS_HOST_DEVICE void operator()(int64_t i, const Team& team) const {
-    using T = at::opmath_type<scalar_t>;
-    const Row<scalar_t, Team> row(args, i, team);
-    const T factor = row.ignored ? T(0) : upstream(i);
-    if (grad_input != nullptr) {
-      const auto slope = [&](int64_t c) { return factor * row.slope(c); };
-      const T sum = row.ignored ? T(0) : row.sum_of_shares(slope);
-      row.for_each_class([&](int64_t c) {
-        const T own = row.ignored || !row.has_share(c) ? T(0)
-                      : row.has_one_class()            ? sum
-                                                       : slope(c);
-        row.set(grad_input, c, row.ignored ? T(0) : own * row.not_p(c) - row.p(c) * (sum - own));
-      });
-    }
-    if (grad_target != nullptr)
-      row.for_each_class([&](int64_t c) {
-        row.set(grad_target, c, factor * args.kept * args.class_weight(c) * row.focal(c).loss());
-      });
+    if (row.is_first_member() && each != nullptr) each[i] = static_cast<scalar_t>(value);
+    return value;
   }
 };
 
@@ -119,25 +125,25 @@ struct GradientTangent {
   scalar_t* grad_target;
 
   template <class Team>
-  DLOPS_HOST_DEVICE void operator()(int64_t i, const Team& team) const {
+  DLOPS_HOST_DEVICE int operator()(int64_t i, const Team& team) const {
     using T = at::opmath_type<scalar_t>;
     const Row<scalar_t, Team> row(args, i, team);
-    if (row.ignored) {
-      row.for_each_class([&](int64_t c) {
-        if (grad_input != nullptr) row.set(grad_input, c, T(0));
-        if (grad_target != nullptr) row.set(grad_target, c, T(0));
-      });
-      return;
+    if (row.takes_part()) {
+      const T factor = upstream(i);
+      const Centred<scalar_t, Team> centred(row, tangent_input);
+      if (grad_input != nullptr) write_grad_input(row, centred, factor);
+      if (grad_target != nullptr)
+        row.for_each_class([&](int64_t c) {
+          row.set(
+              grad_target, c,
+              factor * args.kept * args.class_weight(c) * row.focal(c).first() * centred.value(c));
+        });
     }
-    const T factor = upstream(i);
-    const Centred<scalar_t, Team> centred(row, tangent_input);
-    if (grad_input != nullptr) write_grad_input(row, centred, factor);
-    if (grad_target != nullptr)
-      row.for_each_class([&](int64_t c) {
-        row.set(
-            grad_target, c,
-            factor * args.kept * args.class_weight(c) * row.focal(c).first() * centred.value(c));
-      });
+    if (row.ignored) {
+      row.clear(grad_input);
+      row.clear(grad_target);
+    }
+    return 0;
   }
 
   template <class R, class C, class T>
@@ -195,12 +201,6 @@ struct StoreReduced {
   }
 };
 
-template <class T>
-struct Load {
-  const T* values;
-  DLOPS_HOST_DEVICE T operator()(int64_t i) const { return values[i]; }
-};
-
 // ------------------------------------------------------------------------------------ launchers
 
 // The op's arguments, checked and laid out alike. A channels_last input is a batch of N * H * W
@@ -254,14 +254,13 @@ struct Call {
   at::TensorOptions sum_options() const {
     return input.options().dtype(at::toOpMathType(input.scalar_type()));
   }
-  // Calls f(row, team) for every row.
-  template <class F>
-  void for_each_row(const F& f) const {
-    cuda::for_each_row(shape.rows(), shape.classes, stride(), f);
-  }
-
   template <class scalar_t>
-  FocalArgs<scalar_t> args() const {
+  RowShape rows() const {
+    return {shape.rows(), shape.classes, stride(), kPacks<scalar_t> * Pack<scalar_t>::width};
+  }
+  // `output`: another tensor like the input that is read or written 16 bytes at a time.
+  template <class scalar_t>
+  FocalArgs<scalar_t> args(const at::Tensor& output = {}) const {
     using T = at::opmath_type<scalar_t>;
     FocalArgs<scalar_t> args{};
     args.input = input.const_data_ptr<scalar_t>();
@@ -272,7 +271,9 @@ struct Call {
     }
     args.weight = data_or_null<scalar_t>(weight);
     args.classes = shape.classes;
-    args.inner = stride();
+    args.inner = Divider(stride());
+    args.in_packs = stride() == 1 && are_aligned(shape.classes, Pack<scalar_t>::width,
+                                                 {&input, output.defined() ? &output : &input});
     args.ignore_index = ignore_index;
     args.gamma = static_cast<T>(gamma);
     args.kept = static_cast<T>(1 - label_smoothing);
@@ -299,21 +300,19 @@ struct Call {
         StoreSum<T>{result.mutable_data_ptr<T>()}, sum_options());
     return result;
   }
-  // A value for each row, or their reduction; write(T*) or write(scalar_t*) computes the values.
+  // What f returns for each row, or their reduction.
   template <class scalar_t, class F>
-  at::Tensor reduce(const at::Tensor& normalizer, const F& write) const {
-    using T = at::opmath_type<scalar_t>;
-    if (!reduced()) {
-      at::Tensor result = at::empty(shape.loss, input.options());
-      write(result.mutable_data_ptr<scalar_t>());
-      return result;
+  at::Tensor reduce(const at::Tensor& normalizer, F f) const {
+    const std::vector<int64_t> scalar;
+    at::Tensor result = at::empty(reduced() ? scalar : shape.loss, input.options());
+    scalar_t* to = result.mutable_data_ptr<scalar_t>();
+    if (reduced()) {
+      sum_rows(rows<scalar_t>(), f, StoreReduced<scalar_t>{to, divisor<scalar_t>(normalizer)},
+               sum_options());
+    } else {
+      f.each = to;
+      for_each_row(rows<scalar_t>(), f);
     }
-    at::Tensor result = at::empty({}, input.options());
-    const at::Tensor values = at::empty({shape.rows()}, sum_options());
-    write(values.mutable_data_ptr<T>());
-    sum(shape.rows(), Load<T>{values.const_data_ptr<T>()},
-        StoreReduced<scalar_t>{result.mutable_data_ptr<scalar_t>(), divisor<scalar_t>(normalizer)},
-        sum_options());
     return result;
   }
 };
@@ -328,12 +327,26 @@ std::tuple<at::Tensor, at::Tensor> focal_loss(const at::Tensor& input, const at:
   at::Tensor loss, normalizer;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
     normalizer = call.normalizer<scalar_t>();
-    loss = call.reduce<scalar_t>(normalizer, [&](auto* to) {
-      using out_t = std::remove_pointer_t<decltype(to)>;
-      call.for_each_row(Loss<scalar_t, out_t>{call.args<scalar_t>(), to});
-    });
+    loss = call.reduce<scalar_t>(normalizer, LossAndGradient<scalar_t>{call.args<scalar_t>()});
   });
   return {loss, normalizer};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> focal_loss_and_grad(
+    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    double gamma, int64_t ignore_index, int64_t reduction, double label_smoothing) {
+  constexpr const char* op = "focal_loss_and_grad";
+  const Call call(input, target, weight, gamma, ignore_index, reduction, label_smoothing, op);
+  const c10::DeviceGuard guard(input.device());
+  at::Tensor loss, normalizer, grad_input = call.empty_grad(true);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
+    normalizer = call.normalizer<scalar_t>();
+    LossAndGradient<scalar_t> rows{call.args<scalar_t>(grad_input)};
+    rows.upstream.normalizer = call.divisor<scalar_t>(normalizer);
+    rows.grad_input = mutable_data_or_null<scalar_t>(grad_input);
+    loss = call.reduce<scalar_t>(normalizer, rows);
+  });
+  return {loss, normalizer, grad_input};
 }
 
 std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
@@ -351,21 +364,34 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_vjp(const at::Tensor& grad_output,
   at::Tensor grad_input = call.empty_grad(output_mask[0]);
   at::Tensor grad_target = call.empty_grad(output_mask[1] && call.shape.has_probabilities);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
-    call.for_each_row(Gradient<scalar_t>{
-        call.args<scalar_t>(), call.upstream<scalar_t>(grad, normalizer),
-        mutable_data_or_null<scalar_t>(grad_input), mutable_data_or_null<scalar_t>(grad_target)});
+    LossAndGradient<scalar_t> rows{call.args<scalar_t>(grad_input)};
+    rows.upstream = call.upstream<scalar_t>(grad, normalizer);
+    rows.grad_input = mutable_data_or_null<scalar_t>(grad_input);
+    rows.grad_target = mutable_data_or_null<scalar_t>(grad_target);
+    for_each_row(call.rows<scalar_t>(), rows);
   });
   return {grad_input, grad_target};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> focal_loss_and_grad(
-    const at::Tensor& input, const at::Tensor& target, const std::optional<at::Tensor>& weight,
-    double gamma, int64_t ignore_index, int64_t reduction, double label_smoothing) {
-  auto [loss, normalizer] =
-      focal_loss(input, target, weight, gamma, ignore_index, reduction, label_smoothing);
-  auto grads = focal_loss_vjp(at::ones_like(loss), normalizer, input, target, weight, gamma,
-                              ignore_index, reduction, label_smoothing, {true, false});
-  return {loss, normalizer, std::get<0>(grads)};
+void focal_loss_scale_grad(const at::Tensor& grad_input, const at::Tensor& grad_output,
+                           const at::Tensor& normalizer, const at::Tensor& input,
+                           const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                           double gamma, int64_t ignore_index, int64_t reduction,
+                           double label_smoothing) {
+  constexpr const char* op = "focal_loss_scale_grad";
+  const Call call(input, target, weight, gamma, ignore_index, reduction, label_smoothing, op);
+  call.check_normalizer(normalizer);
+  const c10::DeviceGuard guard(input.device());
+  const at::Tensor grad = call.dense_grad(grad_output);
+  at::Tensor result = call.dense(grad_input, "grad_input");
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
+    LossAndGradient<scalar_t> rows{call.args<scalar_t>(result)};
+    rows.upstream = call.upstream<scalar_t>(grad, normalizer);
+    rows.grad_input = mutable_data_or_null<scalar_t>(result);
+    rows.is_done_for_one = call.reduced();
+    for_each_row(call.rows<scalar_t>(), rows, kFewBlocks);
+  });
+  if (!result.is_same(grad_input)) grad_input.copy_(result);
 }
 
 at::Tensor focal_loss_jvp(const at::Tensor& normalizer,
@@ -381,12 +407,9 @@ at::Tensor focal_loss_jvp(const at::Tensor& normalizer,
   const at::Tensor along_input = call.dense(tangent_input, "tangent_input");
   const at::Tensor along_target = call.dense(tangent_target, "tangent_target");
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
-    return call.reduce<scalar_t>(normalizer, [&](auto* to) {
-      using out_t = std::remove_pointer_t<decltype(to)>;
-      call.for_each_row(Tangent<scalar_t, out_t>{call.args<scalar_t>(),
-                                                 data_or_null<scalar_t>(along_input),
-                                                 data_or_null<scalar_t>(along_target), to});
-    });
+    return call.reduce<scalar_t>(
+        normalizer, Tangent<scalar_t>{call.args<scalar_t>(), data_or_null<scalar_t>(along_input),
+                                      data_or_null<scalar_t>(along_target)});
   });
 }
 
@@ -406,10 +429,12 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
   at::Tensor grad_input = call.empty_grad(output_mask[0]);
   at::Tensor grad_target = call.empty_grad(output_mask[1] && call.shape.has_probabilities);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), op, [&] {
-    call.for_each_row(GradientTangent<scalar_t>{
-        call.args<scalar_t>(), call.upstream<scalar_t>(grad, normalizer),
-        data_or_null<scalar_t>(along_input), data_or_null<scalar_t>(along_target),
-        mutable_data_or_null<scalar_t>(grad_input), mutable_data_or_null<scalar_t>(grad_target)});
+    for_each_row(call.rows<scalar_t>(),
+                 GradientTangent<scalar_t>{
+                     call.args<scalar_t>(), call.upstream<scalar_t>(grad, normalizer),
+                     data_or_null<scalar_t>(along_input), data_or_null<scalar_t>(along_target),
+                     mutable_data_or_null<scalar_t>(grad_input),
+                     mutable_data_or_null<scalar_t>(grad_target)});
   });
   return {grad_input, grad_target};
 }
@@ -420,6 +445,7 @@ std::tuple<at::Tensor, at::Tensor> focal_loss_hvp(
 TORCH_LIBRARY_IMPL(dlops, DLOPS_CUDA_KEY, m) {
   m.impl("focal_loss", &dlops::cuda::focal_loss);
   m.impl("focal_loss_and_grad", &dlops::cuda::focal_loss_and_grad);
+  m.impl("focal_loss_scale_grad", &dlops::cuda::focal_loss_scale_grad);
   m.impl("focal_loss_vjp", &dlops::cuda::focal_loss_vjp);
   m.impl("focal_loss_jvp", &dlops::cuda::focal_loss_jvp);
   m.impl("focal_loss_hvp", &dlops::cuda::focal_loss_hvp);

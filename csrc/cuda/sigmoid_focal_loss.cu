@@ -4,7 +4,6 @@
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -52,13 +51,20 @@ struct Element {
                               static_cast<double>(alpha), gamma);
   }
 
-  DLOPS_HOST_DEVICE T loss() const {
-    return is_hard() ? weight() * hard().loss() : static_cast<T>(general().loss);
+  // Both at once: for a soft target, from one call.
+  struct LossAndFirst {
+    T loss, first;
+  };
+  DLOPS_HOST_DEVICE LossAndFirst loss_and_first() const {
+    if (is_hard()) {
+      const auto focal = hard();
+      return {weight() * focal.loss(), weight() * sign() * focal.first()};
+    }
+    const auto focal = general();
+    return {static_cast<T>(focal.loss), static_cast<T>(focal.x)};
   }
   // The derivatives with respect to the logit.
-  DLOPS_HOST_DEVICE T first() const {
-    return is_hard() ? weight() * sign() * hard().first() : static_cast<T>(general().x);
-  }
+  DLOPS_HOST_DEVICE T first() const { return loss_and_first().first; }
   DLOPS_HOST_DEVICE T second() const {
     return is_hard() ? weight() * hard().second() : static_cast<T>(general().xx);
   }
@@ -107,35 +113,58 @@ struct Elements {
 // What multiplies the derivatives: one factor per element, or one for all.
 template <class scalar_t>
 struct Upstream {
-  const scalar_t* grad_output;
+  const scalar_t* grad_output;  // null stands for ones
   bool each;
   double scale;  // the reduction's own factor
 
   template <int width>
   DLOPS_HOST_DEVICE Vector<double, width> load(int64_t first) const {
     Vector<double, width> factors;
-    if (each) {
+    if (each && grad_output != nullptr) {
       const auto grad = Vector<scalar_t, width>::load(grad_output, first);
       DLOPS_UNROLL
       for (int j = 0; j < width; ++j) factors.of[j] = static_cast<double>(grad.of[j]);
     } else {
+      const double all = grad_output == nullptr ? 1.0 : static_cast<double>(grad_output[0]);
       DLOPS_UNROLL
-      for (double& factor : factors.of) factor = static_cast<double>(grad_output[0]) * scale;
+      for (double& factor : factors.of) factor = all * scale;
     }
     return factors;
   }
+  DLOPS_HOST_DEVICE bool is_one() const { return static_cast<double>(*grad_output) == 1.0; }
 };
 
+// The loss and its gradients, each where it is asked for: one kernel for all, so that each has the
+// same bits without the others. Returns the sum of the losses.
 template <class scalar_t>
-struct Loss {
+struct LossAndGradient {
+  using T = at::opmath_type<scalar_t>;
   Elements<scalar_t> elements;
+  scalar_t* each = nullptr;  // the losses; null here and below: not asked for
+  Upstream<scalar_t> upstream = {};
+  scalar_t* grad_inputs = nullptr;
+  scalar_t* grad_targets = nullptr;
+  bool is_done_for_one = false;  // grad_inputs holds what it is for a grad_output of 1
 
   template <int width>
-  DLOPS_HOST_DEVICE auto values(int64_t first) const {
-    Vector<at::opmath_type<scalar_t>, width> losses;
-    elements.template for_each<width>(
-        first, [&](int j, const auto& element) { losses.of[j] = element.loss(); });
-    return losses;
+  DLOPS_HOST_DEVICE double run(int64_t first) const {
+    if (is_done_for_one && upstream.is_one()) return 0;
+    const auto factors = upstream.template load<width>(first);
+    Vector<scalar_t, width> losses{}, by_input{}, by_target{};
+    double sum = 0;
+    elements.template for_each<width>(first, [&](int j, const auto& element) {
+      const double factor = factors.of[j];
+      const auto result = element.loss_and_first();
+      sum += static_cast<double>(result.loss);
+      losses.of[j] = static_cast<scalar_t>(result.loss);
+      by_input.of[j] = static_cast<scalar_t>(static_cast<T>(factor) * result.first);
+      if (grad_targets != nullptr)
+        by_target.of[j] = static_cast<scalar_t>(factor * element.general().t);
+    });
+    losses.store(each, first);
+    by_input.store(grad_inputs, first);
+    by_target.store(grad_targets, first);
+    return sum;
   }
 };
 
@@ -146,49 +175,29 @@ struct Tangent {
   Elements<scalar_t> elements;
   const scalar_t* tangent_inputs;
   const scalar_t* tangent_targets;
+  scalar_t* each = nullptr;  // where not their sum is asked for, which is returned
 
   template <int width>
-  DLOPS_HOST_DEVICE auto values(int64_t first) const {
+  DLOPS_HOST_DEVICE double run(int64_t first) const {
     const auto along_inputs = Vector<scalar_t, width>::load(tangent_inputs, first);
     const auto along_targets = Vector<scalar_t, width>::load(tangent_targets, first);
-    Vector<T, width> tangents{};
+    Vector<scalar_t, width> tangents{};
+    double sum = 0;
     elements.template for_each<width>(first, [&](int j, const auto& element) {
+      T tangent(0);
       if (tangent_inputs != nullptr)
-        tangents.of[j] += element.first() * static_cast<T>(along_inputs.of[j]);
+        tangent += element.first() * static_cast<T>(along_inputs.of[j]);
       if (tangent_targets != nullptr)
-        tangents.of[j] +=
-            static_cast<T>(element.general().t * static_cast<double>(along_targets.of[j]));
+        tangent += static_cast<T>(element.general().t * static_cast<double>(along_targets.of[j]));
+      sum += static_cast<double>(tangent);
+      tangents.of[j] = static_cast<scalar_t>(tangent);
     });
-    return tangents;
+    tangents.store(each, first);
+    return sum;
   }
 };
 
-// Either result may be null, here and below.
-template <class scalar_t>
-struct Gradient {
-  using T = at::opmath_type<scalar_t>;
-  Elements<scalar_t> elements;
-  Upstream<scalar_t> upstream;
-  scalar_t* grad_inputs;
-  scalar_t* grad_targets;
-
-  template <int width>
-  DLOPS_HOST_DEVICE void run(int64_t first) const {
-    const auto factors = upstream.template load<width>(first);
-    Vector<scalar_t, width> by_input{}, by_target{};
-    elements.template for_each<width>(first, [&](int j, const auto& element) {
-      const double factor = factors.of[j];
-      if (grad_inputs != nullptr)
-        by_input.of[j] = static_cast<scalar_t>(static_cast<T>(factor) * element.first());
-      if (grad_targets != nullptr)
-        by_target.of[j] = static_cast<scalar_t>(factor * element.general().t);
-    });
-    by_input.store(grad_inputs, first);
-    by_target.store(grad_targets, first);
-  }
-};
-
-// The derivative of the gradients along the tangents.
+// The derivative of the gradients along the tangents. Either result may be null.
 template <class scalar_t>
 struct GradientTangent {
   using T = at::opmath_type<scalar_t>;
@@ -224,36 +233,6 @@ struct GradientTangent {
     });
     by_input.store(grad_inputs, first);
     by_target.store(grad_targets, first);
-  }
-};
-
-template <class F, class scalar_t>
-struct StoreEach {
-  F f;
-  scalar_t* to;
-
-  template <int width>
-  DLOPS_HOST_DEVICE void run(int64_t first) const {
-    const auto values = f.template values<width>(first);
-    Vector<scalar_t, width> rounded;
-    DLOPS_UNROLL
-    for (int j = 0; j < width; ++j) rounded.of[j] = static_cast<scalar_t>(values.of[j]);
-    rounded.store(to, first);
-  }
-};
-
-// The sum of some elements' values.
-template <class F>
-struct SumOf {
-  F f;
-
-  template <int width>
-  DLOPS_HOST_DEVICE double run(int64_t first) const {
-    const auto values = f.template values<width>(first);
-    double sum = 0;
-    DLOPS_UNROLL
-    for (int j = 0; j < width; ++j) sum += static_cast<double>(values.of[j]);
-    return sum;
   }
 };
 
@@ -350,24 +329,27 @@ struct Call {
     });
     aligned ? g(InVectors<F, width>(f, count())) : g(InVectors<F, 1>(f, count()));
   }
-  // f for every element, or the reduction of its values.
+  // A value for every element, or their reduction.
   template <class scalar_t, class F>
-  at::Tensor reduce(const F& f, std::initializer_list<at::Tensor> data) const {
+  at::Tensor reduce(F f, std::initializer_list<at::Tensor> data) const {
     at::Tensor result = reduced() ? at::empty({}, inputs.options()) : at::empty_like(inputs);
     scalar_t* to = result.mutable_data_ptr<scalar_t>();
     if (reduced()) {
-      in_vectors<scalar_t>(SumOf<F>{f}, data, [&](const auto& sums) {
+      in_vectors<scalar_t>(f, data, [&](const auto& sums) {
         sum(sums.count(), sums, StoreSum<scalar_t>{to, divisor()}, inputs.options());
       });
     } else {
-      each<scalar_t>(StoreEach<F, scalar_t>{f, to}, data);
+      f.each = to;
+      each<scalar_t>(f, data);
     }
     return result;
   }
   // f for every element.
   template <class scalar_t, class F>
-  void each(const F& f, std::initializer_list<at::Tensor> data) const {
-    in_vectors<scalar_t>(f, data, [](const auto& vectors) { for_each(vectors.count(), vectors); });
+  void each(const F& f, std::initializer_list<at::Tensor> data,
+            int64_t max_blocks = kMaxBlocks) const {
+    in_vectors<scalar_t>(
+        f, data, [&](const auto& vectors) { for_each(vectors.count(), vectors, max_blocks); });
   }
 };
 
@@ -378,9 +360,25 @@ at::Tensor sigmoid_focal_loss(const at::Tensor& inputs, const at::Tensor& target
   const Call call(inputs, targets, class_alpha, alpha, gamma, reduction, op);
   const c10::DeviceGuard guard(inputs.device());
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
-    return call.reduce<scalar_t>(Loss<scalar_t>{call.elements<scalar_t>()},
+    return call.reduce<scalar_t>(LossAndGradient<scalar_t>{call.elements<scalar_t>()},
                                  {call.inputs, call.targets});
   });
+}
+
+std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_and_grad(
+    const at::Tensor& inputs, const at::Tensor& targets,
+    const std::optional<at::Tensor>& class_alpha, double alpha, double gamma, int64_t reduction) {
+  constexpr const char* op = "sigmoid_focal_loss_and_grad";
+  const Call call(inputs, targets, class_alpha, alpha, gamma, reduction, op);
+  const c10::DeviceGuard guard(inputs.device());
+  at::Tensor loss, grad_inputs = call.empty_grad(true);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
+    LossAndGradient<scalar_t> elements{call.elements<scalar_t>()};
+    elements.upstream.scale = 1 / call.divisor();
+    elements.grad_inputs = mutable_data_or_null<scalar_t>(grad_inputs);
+    loss = call.reduce<scalar_t>(elements, {call.inputs, call.targets});
+  });
+  return {loss, grad_inputs};
 }
 
 std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
@@ -394,21 +392,35 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_vjp(
   at::Tensor grad_inputs = call.empty_grad(output_mask[0]);
   at::Tensor grad_targets = call.empty_grad(output_mask[1]);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
-    call.each<scalar_t>(Gradient<scalar_t>{call.elements<scalar_t>(), call.upstream<scalar_t>(grad),
-                                           mutable_data_or_null<scalar_t>(grad_inputs),
-                                           mutable_data_or_null<scalar_t>(grad_targets)},
+    LossAndGradient<scalar_t> elements{call.elements<scalar_t>()};
+    elements.upstream = call.upstream<scalar_t>(grad);
+    elements.grad_inputs = mutable_data_or_null<scalar_t>(grad_inputs);
+    elements.grad_targets = mutable_data_or_null<scalar_t>(grad_targets);
+    call.each<scalar_t>(elements,
                         {call.inputs, call.targets, call.reduced() ? at::Tensor() : grad});
   });
   return {grad_inputs, grad_targets};
 }
 
-std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_and_grad(
-    const at::Tensor& inputs, const at::Tensor& targets,
-    const std::optional<at::Tensor>& class_alpha, double alpha, double gamma, int64_t reduction) {
-  at::Tensor loss = sigmoid_focal_loss(inputs, targets, class_alpha, alpha, gamma, reduction);
-  auto grads = sigmoid_focal_loss_vjp(at::ones_like(loss), inputs, targets, class_alpha, alpha,
-                                      gamma, reduction, {true, false});
-  return {loss, std::get<0>(grads)};
+void sigmoid_focal_loss_scale_grad(const at::Tensor& grad_inputs, const at::Tensor& grad_output,
+                                   const at::Tensor& inputs, const at::Tensor& targets,
+                                   const std::optional<at::Tensor>& class_alpha, double alpha,
+                                   double gamma, int64_t reduction) {
+  constexpr const char* op = "sigmoid_focal_loss_scale_grad";
+  const Call call(inputs, targets, class_alpha, alpha, gamma, reduction, op);
+  const c10::DeviceGuard guard(inputs.device());
+  const at::Tensor grad = call.dense_grad(grad_output);
+  const at::Tensor result = call.dense(grad_inputs, "grad_inputs");
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, inputs.scalar_type(), op, [&] {
+    LossAndGradient<scalar_t> elements{call.elements<scalar_t>()};
+    elements.upstream = call.upstream<scalar_t>(grad);
+    elements.grad_inputs = mutable_data_or_null<scalar_t>(result);
+    elements.is_done_for_one = call.reduced();
+    call.each<scalar_t>(elements,
+                        {call.inputs, call.targets, result, call.reduced() ? at::Tensor() : grad},
+                        kFewBlocks);
+  });
+  if (!result.is_same(grad_inputs)) grad_inputs.copy_(result);
 }
 
 at::Tensor sigmoid_focal_loss_jvp(const std::optional<at::Tensor>& tangent_inputs,
@@ -461,6 +473,7 @@ std::tuple<at::Tensor, at::Tensor> sigmoid_focal_loss_hvp(
 TORCH_LIBRARY_IMPL(dlops, DLOPS_CUDA_KEY, m) {
   m.impl("sigmoid_focal_loss", &dlops::cuda::sigmoid_focal_loss);
   m.impl("sigmoid_focal_loss_and_grad", &dlops::cuda::sigmoid_focal_loss_and_grad);
+  m.impl("sigmoid_focal_loss_scale_grad", &dlops::cuda::sigmoid_focal_loss_scale_grad);
   m.impl("sigmoid_focal_loss_vjp", &dlops::cuda::sigmoid_focal_loss_vjp);
   m.impl("sigmoid_focal_loss_jvp", &dlops::cuda::sigmoid_focal_loss_jvp);
   m.impl("sigmoid_focal_loss_hvp", &dlops::cuda::sigmoid_focal_loss_hvp);

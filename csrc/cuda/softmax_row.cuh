@@ -6,8 +6,11 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <limits>
 
 #include "common/host_device.h"
+#include "cuda/divider.h"
+#include "cuda/row_share.cuh"
 #include "focal_loss_math.h"
 
 namespace dlops::cuda {
@@ -21,34 +24,51 @@ struct FocalArgs {
   const int64_t* labels;          // a class for each row, or null
   const scalar_t* probabilities;  // like input, or null
   const scalar_t* weight;         // for each class, or null
-  int64_t classes, inner;
+  int64_t classes;
+  Divider inner;
+  bool in_packs;  // the rows of all tensors like the input start at multiples of 16 bytes
   int64_t ignore_index;
   T gamma;
   T kept, spread;  // a class's share of the target is kept * share + spread: label smoothing
 
-  DLOPS_HOST_DEVICE int64_t offset(int64_t row, int64_t c) const {
-    return (row / inner * classes + c) * inner + row % inner;
+  // Where a row's first class stands.
+  DLOPS_HOST_DEVICE int64_t offset(int64_t row) const {
+    const int64_t n = inner.split(row);
+    return n * classes * inner.divisor() + row;
   }
+  DLOPS_HOST_DEVICE RowLayout layout() const { return {classes, inner.divisor(), in_packs}; }
   DLOPS_HOST_DEVICE T class_weight(int64_t c) const {
     return weight == nullptr ? T(1) : static_cast<T>(weight[c]);
   }
   DLOPS_HOST_DEVICE bool is_class(int64_t label) const { return 0 <= label && label < classes; }
 };
 
-// A row's largest logit: the first of equal ones, whatever the order of the members. A NaN stays
-// where it comes first, and else makes itself felt in the sum of exponentials.
+// The exponentials of some logits relative to the largest of them. Those of the largest are 1 each
+// and counted apart: leaving one out keeps every digit of a probability near 1 and of its
+// complement.
 template <class T>
-struct RowMax {
-  T max;
-  int64_t argmax;  // -1: no class yet
+struct Exponentials {
+  double sum;
+  T max, ties;
+
+  DLOPS_HOST_DEVICE static Exponentials none() {
+    return {0.0, -std::numeric_limits<T>::infinity(), T(0)};
+  }
+  // Makes them relative to something larger.
+  DLOPS_HOST_DEVICE void raise(T larger) {
+    sum = (sum + static_cast<double>(ties)) * static_cast<double>(ScalarMath<T>::exp(max - larger));
+    max = larger;
+    ties = T(0);
+  }
 };
 
-struct Larger {
+// A NaN is never the largest and makes itself felt in the sum.
+struct Join {
   template <class T>
-  DLOPS_HOST_DEVICE RowMax<T> operator()(RowMax<T> a, RowMax<T> b) const {
-    if (a.argmax < 0) return b;
-    if (b.argmax < 0) return a;
-    return b.max > a.max || (b.max == a.max && b.argmax < a.argmax) ? b : a;
+  DLOPS_HOST_DEVICE Exponentials<T> operator()(Exponentials<T> a, Exponentials<T> b) const {
+    if (a.max < b.max) a.raise(b.max);
+    if (b.max < a.max) b.raise(a.max);
+    return {a.sum + b.sum, a.max, a.ties + b.ties};
   }
 };
 
@@ -56,6 +76,22 @@ struct Plus {
   template <class T>
   DLOPS_HOST_DEVICE T operator()(T a, T b) const {
     return a + b;
+  }
+};
+struct Least {
+  template <class T>
+  DLOPS_HOST_DEVICE T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+
+// What a row's loss and its gradient need of all classes: the losses and their derivatives with
+// respect to log p, each times its share in the target.
+template <class T>
+struct Sums {
+  T loss, slope;
+  DLOPS_HOST_DEVICE Sums operator+(Sums other) const {
+    return {loss + other.loss, slope + other.slope};
   }
 };
 
@@ -76,31 +112,42 @@ struct Row {
   using Focal = SoftmaxFocal<ScalarMath<T>>;
   const FocalArgs<scalar_t>& args;
   const Team& team;
-  int64_t row;
-  int64_t label;  // -1 where the target holds probabilities
+  int64_t row, first;  // its number, and where its first class stands
+  int64_t label;       // -1 where the target holds probabilities
   bool ignored;
-  T max, log_sum, inverse, complement;  // log(1 + others), p of argmax, and 1 - that
-  int64_t argmax;
+  RowShare<scalar_t, Team> logits;
+  T max, log_sum, inverse, complement;  // log(1 + others), p of the largest, and 1 - that
 
   DLOPS_HOST_DEVICE Row(const FocalArgs<scalar_t>& args, int64_t row, const Team& team)
-      : args(args), team(team), row(row), label(-1), ignored(false) {
+      : args(args),
+        team(team),
+        row(row),
+        first(args.offset(row)),
+        label(-1),
+        ignored(false),
+        logits(args.input + first, args.layout(), team.rank()) {
     if (args.labels != nullptr) {
       label = args.labels[row];
       ignored = label == args.ignore_index;
       if (!ignored && !args.is_class(label)) refuse_label();
     }
-    if (!ignored) find_softmax();
+    if (takes_part()) find_softmax();
   }
 
   // --------------------------------------------------------------------------------- elements
 
+  // Whether this row goes through all reductions: an ignored one does where others wait for it.
+  DLOPS_HOST_DEVICE bool takes_part() const { return !ignored || Team::together; }
   DLOPS_HOST_DEVICE bool is_first_member() const { return team.rank() == 0; }
   // Class c's element of a tensor like the input.
   DLOPS_HOST_DEVICE T at(const scalar_t* tensor, int64_t c) const {
-    return static_cast<T>(tensor[args.offset(row, c)]);
+    return static_cast<T>(tensor[first + c * args.inner.divisor()]);
   }
   DLOPS_HOST_DEVICE void set(scalar_t* tensor, int64_t c, T value) const {
-    tensor[args.offset(row, c)] = static_cast<scalar_t>(value);
+    tensor[first + c * args.inner.divisor()] = static_cast<scalar_t>(value);
+  }
+  DLOPS_HOST_DEVICE void clear(scalar_t* tensor) const {
+    if (tensor != nullptr) for_each_class([&](int64_t c) { set(tensor, c, T(0)); });
   }
   // Calls f(c) for this member's classes.
   template <class F>
@@ -128,10 +175,30 @@ struct Row {
     const T own = args.labels != nullptr ? T(c == label) : at(args.probabilities, c);
     return args.class_weight(c) * (args.kept * own + args.spread);
   }
-  // The sum of f over the classes that have a share.
+  // The sum of f over the classes that have a share; 0 in an ignored row.
   template <class F>
   DLOPS_HOST_DEVICE T sum_of_shares(const F& f) const {
-    return has_one_class() ? f(label) : sum(f);
+    if (has_one_class()) return ignored ? T(0) : f(label);
+    const T total = sum(f);
+    return ignored ? T(0) : total;
+  }
+  // The same for loss and slope at once.
+  DLOPS_HOST_DEVICE Sums<T> sums() const {
+    if (ignored && has_one_class()) return {};
+    if (has_one_class()) return of_class(label);
+    Sums<double> total{};
+    for_each_class([&](int64_t c) {
+      const Sums<T> one = of_class(c);
+      total = total + Sums<double>{static_cast<double>(one.loss), static_cast<double>(one.slope)};
+    });
+    total = team.reduce(total, Plus());
+    if (ignored) return {};
+    return {static_cast<T>(total.loss), static_cast<T>(total.slope)};
+  }
+  DLOPS_HOST_DEVICE Sums<T> of_class(int64_t c) const {
+    const Focal focal = this->focal(c);
+    const T share = this->share(c);
+    return {weighted_loss(share, focal.loss()), weighted(share, focal.first())};
   }
   // A member that finds a bad label says so and stops the kernel, as the native loss does; the
   // others treat the row as ignored.
@@ -149,32 +216,54 @@ struct Row {
 
   // ---------------------------------------------------------------------------------- softmax
 
+  // In one pass: a member's sum is relative to the largest logit that it has met, and made relative
+  // to a larger one at most once a chunk.
   DLOPS_HOST_DEVICE void find_softmax() {
-    // Two passes, the second out of the cache: rescaling the sum whenever a larger logit comes
-    // costs more instructions an element than memory leaves time for.
-    RowMax<T> found{T(0), -1};
-    for_each_class([&](int64_t c) { found = Larger()(found, RowMax<T>{at(args.input, c), c}); });
-    found = team.reduce(found, Larger());
+    auto found = Exponentials<T>::none();
+    logits.for_each_chunk([&] {
+      T max = found.max;
+      logits.for_each_logit([&](T x) { max = x > max ? x : max; });
+      if (max > found.max) found.raise(max);
+      add_chunk(found);
+    });
+    found = team.reduce(found, Join());
     max = found.max;
-    argmax = found.argmax;
-    // Leaving out the largest keeps every digit of a probability near 1 and of its complement. NaN
-    // where the row has no softmax: its largest logit is infinite or NaN.
-    const T others = sum([&](int64_t c) {
-                       return c == argmax ? T(0) : ScalarMath<T>::exp(at(args.input, c) - max);
-                     }) +
-                     (max - max);
+    // NaN where the row has no softmax: its largest logit is infinite.
+    const T others = static_cast<T>(found.sum + static_cast<double>(found.ties - 1)) + (max - max);
     log_sum = ScalarMath<T>::log1p(others);
     inverse = 1 / (1 + others);
     complement = others * inverse;
   }
-  DLOPS_HOST_DEVICE T p(int64_t c) const {
-    return c == argmax ? inverse : ScalarMath<T>::exp(at(args.input, c) - max) * inverse;
+  DLOPS_HOST_DEVICE void add_chunk(Exponentials<T>& found) const {
+    // The exponentials of a chunk are few enough to be summed as they are. With nothing but -inf so
+    // far, each of them is 0.
+    const T max = found.max, base = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+    T sum(0), ties(0);
+    logits.for_each_logit([&](T x) {
+      const T e = ScalarMath<T>::exp(x - base);
+      sum += x == max ? T(0) : e;
+      ties += x == max ? T(1) : T(0);
+    });
+    found.sum += static_cast<double>(sum);
+    found.ties += ties;
   }
-  DLOPS_HOST_DEVICE T not_p(int64_t c) const { return c == argmax ? complement : 1 - p(c); }
+  DLOPS_HOST_DEVICE bool is_largest(int64_t c) const { return at(args.input, c) == max; }
+  // The first of the largest.
+  DLOPS_HOST_DEVICE int64_t argmax() const {
+    int64_t found = args.classes - 1;  // where all are NaN
+    for_each_class([&](int64_t c) {
+      if (c < found && is_largest(c)) found = c;
+    });
+    return team.reduce(found, Least());
+  }
+  DLOPS_HOST_DEVICE T p(int64_t c) const {
+    return ScalarMath<T>::exp(at(args.input, c) - max) * inverse;
+  }
+  DLOPS_HOST_DEVICE T not_p(int64_t c) const { return is_largest(c) ? complement : 1 - p(c); }
   // phi and its derivatives for class c.
   DLOPS_HOST_DEVICE Focal focal(int64_t c) const {
-    const T log_p = c == argmax ? -log_sum : (at(args.input, c) - max) - log_sum;
-    const T not_p = c == argmax ? complement : 1 - ScalarMath<T>::exp(log_p);
+    const T log_p = (at(args.input, c) - max) - log_sum;
+    const T not_p = is_largest(c) ? complement : 1 - ScalarMath<T>::exp(log_p);
     return Focal(log_p, not_p, args.gamma);
   }
   // The derivative of the loss with respect to log p of class c.
@@ -193,7 +282,7 @@ struct Centred {
   DLOPS_HOST_DEVICE Centred(const Row<scalar_t, Team>& row, const scalar_t* tangent)
       : row(row), tangent(tangent), at_max(0), max_minus_mean(0) {
     if (tangent == nullptr || row.args.classes == 0) return;
-    at_max = row.at(tangent, row.argmax);
+    at_max = row.at(tangent, row.argmax());
     max_minus_mean = row.sum([&](int64_t c) { return row.p(c) * (at_max - row.at(tangent, c)); });
   }
   DLOPS_HOST_DEVICE T value(int64_t c) const {

@@ -30,28 +30,46 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-template <class G>
+template <class F, class G>
 __global__ void __launch_bounds__(kThreads)
-    final_sum_kernel(const unsigned count, const double* const partials, const G finish) {
+    whole_sum_kernel(const int64_t count, const F f, const G finish) {
   double sum = 0;
-  for (unsigned i = threadIdx.x; i < count; i += kThreads) sum += partials[i];
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += static_cast<double>(f(i));
   sum = block_sum(sum);
   if (threadIdx.x == 0) finish(sum);
+}
+
+struct PartialSum {
+  const double* partials;
+  __device__ double operator()(int64_t i) const { return partials[i]; }
+};
+
+// Calls finish(partials[0] + ... + partials[count - 1]) on the device.
+template <class G>
+void final_sum(int64_t count, const double* partials, const G& finish) {
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  whole_sum_kernel<<<1, kThreads, 0, stream>>>(count, PartialSum{partials}, finish);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 // Calls finish(f(0) + ... + f(count - 1)) on the device. `options` says on which.
 template <class F, class G>
 void sum(int64_t count, const F& f, const G& finish, const at::TensorOptions& options) {
-  constexpr int64_t kMaxBlocks = 1024, kPerThread = 4;
-  const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>(
-      (count + kThreads * kPerThread - 1) / (kThreads * kPerThread), 1, kMaxBlocks));
-  const at::Tensor partials = at::empty({blocks}, options.dtype(at::kDouble));
+  constexpr int64_t kMost = 1024, kPerThread = 4;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  partial_sums_kernel<<<blocks, kThreads, 0, stream>>>(count, f,
-                                                       partials.mutable_data_ptr<double>());
+  // A few values are summed by one block before a second kernel could start.
+  if (count <= kThreads * kPerThread) {
+    whole_sum_kernel<<<1, kThreads, 0, stream>>>(count, f, finish);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    return;
+  }
+  const auto blocks = static_cast<unsigned>(
+      std::min((count + kThreads * kPerThread - 1) / (kThreads * kPerThread), kMost));
+  const at::Tensor partials = at::empty({blocks}, options.dtype(at::kDouble));
+  auto* to = partials.mutable_data_ptr<double>();
+  partial_sums_kernel<<<blocks, kThreads, 0, stream>>>(count, f, to);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  final_sum_kernel<<<1, kThreads, 0, stream>>>(blocks, partials.const_data_ptr<double>(), finish);
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  final_sum(blocks, to, finish);
 }
 
 }  // namespace dlops::cuda

@@ -68,15 +68,8 @@ class FocalLoss(Function):
         return *where_asked(grads, mask), *[None] * OPTIONS
 
     @staticmethod
-    def factor(ctx: Any, saved: Any, grad_output: Tensor) -> Tensor:
-        """What each row's gradient is multiplied by."""
-        _, input, target, _ = saved
-        _, ignore_index, reduction, _ = ctx.scalars
-        if reduction != NONE:
-            return grad_output
-        if not target.is_floating_point():
-            grad_output = grad_output.masked_fill(target == ignore_index, 0)
-        return grad_output.unsqueeze(1) if input.dim() > 1 else grad_output
+    def reduction(args: tuple[Any, ...]) -> int:
+        return args[-2]
 
     @staticmethod
     def jvp(ctx: Any, input_t: Any, target_t: Any, *_: Any) -> tuple[Tensor, None]:
@@ -386,6 +379,11 @@ def _(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, normalizer, empty_dense(input)
 
 
+@torch.library.register_fake("dlops::focal_loss_scale_grad")
+def _(grad_input: Tensor, grad_output: Any, normalizer: Any, input: Tensor, *args: Any) -> None:
+    fake_loss("focal_loss_scale_grad", input, args)
+
+
 @torch.library.register_fake("dlops::focal_loss_vjp")
 def _(grad_output: Tensor, normalizer: Any, input: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return fake_grads("focal_loss_vjp", grad_output, input, args)
@@ -403,7 +401,9 @@ def _(
     return fake_grads("focal_loss_hvp", grad_output, input, args)
 
 
-with_gradient = eager_with_gradient(FocalLoss, ops.focal_loss_and_grad.default)
+with_gradient = eager_with_gradient(
+    FocalLoss, ops.focal_loss_and_grad.default, ops.focal_loss_scale_grad.default
+)
 register(FocalLoss, "focal_loss", with_gradient)
 register(FocalLossVjp, "focal_loss_vjp")
 register(FocalLossJvp, "focal_loss_jvp")

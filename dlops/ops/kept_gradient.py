@@ -1,35 +1,36 @@
 """Losses whose gradient is worked out together with the loss and waits for the backward pass, which
-then reads neither logits nor targets again."""
+then reads neither logits nor targets again, except on a GPU where grad_output is not 1."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from dlops.ops.common import run, traced
+from dlops import _C
+from dlops.ops.common import NONE, run, traced
 
-# In narrower types the gradient of a mean could become too small before it is multiplied by a
-# scaled loss's gradient, and would be rounded twice.
-DTYPES = (torch.float64, torch.float32)
+# On the CPU backward multiplies what waits. In narrower types the gradient of a mean could become
+# too small before it is multiplied by a scaled loss's gradient, and would be rounded twice.
+MULTIPLIED = (torch.float64, torch.float32)
 
 
-def eager_with_gradient(function: Any, op: Callable[..., Any]) -> Any:
+def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
     """The twin of a loss's Function that runs where no transform is active (`common.eager`).
 
-    ``op`` returns what ``function.forward`` does and the gradient of the first input for a
-    grad_output of ones. ``function`` says with ``backward_of(ctx, saved, grad_output)`` what the
-    backward is without it, and with ``factor(ctx, saved, grad_output)`` what to multiply it by.
+    The op ``and_grad`` returns what ``function.forward`` does and the gradient of the first input
+    for a grad_output of ones; ``scale_grad(gradient, grad_output, *saved, *ctx.scalars)`` turns
+    that, in place, into the gradient for another one, without waiting for a GPU.
+    ``function.backward_of(ctx, saved, grad_output)`` is the backward without either.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
         grad = None
         # What a hook packs may be in use elsewhere.
         ctx.owns_gradient = not torch._C._autograd._top_saved_tensors_default_hooks(False)
-        if keeps_gradient(ctx, args[0]):
-            *outputs, grad = run(op, *args)
+        ctx.capture = capture(args[0])
+        if keeps_gradient(function, ctx, args):
+            *outputs, grad = run(and_grad, *args)
             output = tuple(outputs) if len(outputs) > 1 else outputs[0]
         else:
             output = function.forward(*args)
@@ -41,11 +42,8 @@ def eager_with_gradient(function: Any, op: Callable[..., Any]) -> Any:
         *saved, grad = ctx.saved_tensors
         if grad is None or not is_plain(grad_output):
             return function.backward_of(ctx, saved, grad_output)
-        factor = function.factor(ctx, saved, grad_output)
-        if factor.dim() == 0 and not math.isfinite(factor.item()):
-            return function.backward_of(ctx, saved, grad_output)
-        keep = not ctx.owns_gradient or torch._C._autograd._get_current_graph_task_keep_graph()
-        result = grad * factor if keep else scaled(grad, factor)
+        result = grad if gives_away(ctx, grad) else grad.clone()
+        run(scale_grad, result, grad_output, *saved, *ctx.scalars)
         return result, *[None] * (len(ctx.needs_input_grad) - 1)
 
     parts = {
@@ -56,10 +54,33 @@ def eager_with_gradient(function: Any, op: Callable[..., Any]) -> Any:
     return type(function)(function.__name__, (function,), parts)
 
 
-def keeps_gradient(ctx: Any, input: Tensor) -> bool:
+def keeps_gradient(function: Any, ctx: Any, args: tuple[Any, ...]) -> bool:
     by_input, by_target, *_ = ctx.needs_input_grad
     wanted = by_input and not by_target and not is_derived_or_recorded()
-    return wanted and input.dtype in DTYPES and input.device.type == "cpu"
+    return wanted and gains(function, args)
+
+
+def gains(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a gradient that waits saves time and costs no digits."""
+    input = args[0]
+    if input.device.type == "cuda":
+        # Nothing is read or written in backward for a grad_output of 1, which reduced losses have.
+        # For another the gradient is worked out again, in any type.
+        return function.reduction(args) != NONE
+    return input.device.type == "cpu" and input.dtype in MULTIPLIED
+
+
+def gives_away(ctx: Any, grad: Tensor) -> bool:
+    """Whether the memory of the gradient that waited may become the result."""
+    # A captured backward may be replayed more often than the forward that fills the memory, unless
+    # both are in one graph.
+    once = ctx.owns_gradient and ctx.capture == capture(grad)
+    return once and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def capture(tensor: Tensor) -> int:
+    """The number of the CUDA graph that the work on ``tensor`` is captured for; 0: none."""
+    return _C.capture(tensor.device.index) if tensor.device.type == "cuda" else 0
 
 
 def is_plain(grad_output: Tensor) -> bool:
@@ -73,10 +94,3 @@ def is_plain(grad_output: Tensor) -> bool:
 def is_derived_or_recorded() -> bool:
     derived = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
     return derived or traced() or torch._C._len_torch_dispatch_stack() > 0
-
-
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """``grad * factor`` in the memory of ``grad``."""
-    if factor.dim() == 0 and factor.item() == 1:
-        return grad
-    return grad.mul_(factor)

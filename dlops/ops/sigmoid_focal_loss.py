@@ -59,8 +59,8 @@ class SigmoidFocalLoss(Function):
         return *where_asked(grads, mask), *[None] * OPTIONS
 
     @staticmethod
-    def factor(ctx: Any, saved: Any, grad_output: Tensor) -> Tensor:
-        return grad_output
+    def reduction(args: tuple[Any, ...]) -> int:
+        return args[-1]
 
     @staticmethod
     def jvp(ctx: Any, inputs_t: Tensor | None, targets_t: Tensor | None, *_: Any) -> Tensor:
@@ -291,6 +291,11 @@ def _(inputs: Tensor, targets: Tensor, class_alpha: Any, *options: Any) -> tuple
     return loss, fake_elements(inputs, class_alpha)
 
 
+@torch.library.register_fake("dlops::sigmoid_focal_loss_scale_grad")
+def _(grad_inputs: Tensor, grad_output: Any, inputs: Tensor, *args: Any) -> None:
+    check_sigmoid_focal_loss("sigmoid_focal_loss_scale_grad", inputs, *args[:2])
+
+
 @torch.library.register_fake("dlops::sigmoid_focal_loss_vjp")
 def _(grad_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return fake_grads("sigmoid_focal_loss_vjp", grad_output, args)
@@ -307,7 +312,11 @@ def _(grad_output: Any, inputs_t: Any, targets_t: Any, *args: Any) -> Any:
     return fake_grads("sigmoid_focal_loss_hvp", grad_output, args)
 
 
-with_gradient = eager_with_gradient(SigmoidFocalLoss, ops.sigmoid_focal_loss_and_grad.default)
+with_gradient = eager_with_gradient(
+    SigmoidFocalLoss,
+    ops.sigmoid_focal_loss_and_grad.default,
+    ops.sigmoid_focal_loss_scale_grad.default,
+)
 register(SigmoidFocalLoss, "sigmoid_focal_loss", with_gradient)
 register(SigmoidFocalLossVjp, "sigmoid_focal_loss_vjp")
 register(SigmoidFocalLossJvp, "sigmoid_focal_loss_jvp")

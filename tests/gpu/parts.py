@@ -23,7 +23,10 @@ PARTS = (*OPS, *WAYS)
 
 USUAL = ("3x3", "1x1", "grouped", "tails", "dilated", "7x7_stride", "ceil", "cells_over_256")
 LOSSES = ("10_classes", "80_classes")
-ROWS = [FocalCase("", size) for size in ((7, 5), (7, 100), (3, 2500), (2, 5, 3, 4))]
+ROWS = [
+    FocalCase("", size)
+    for size in ((7, 5), (7, 100), (3, 1000), (3, 2500), (2, 5, 3, 4), (2, 300, 3, 4))
+]
 CASES: dict[str, list[Conv2dCase]] = {
     "im2col": [case for case in CONV2D if case.id in USUAL],
     "implicit_gemm": [*TILES, *DEPTHWISE],

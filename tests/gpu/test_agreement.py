@@ -171,12 +171,12 @@ def test_channels_at_any_address() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# Softmax rows of every length: a thread, a warp or a block each
+# Softmax rows of every length: a thread, some of a warp, a warp or a block each
 
 
 @pytest.mark.native
 @parametrize("dtype", DTYPES, ids=ids)
-@parametrize("classes", [1, 2, 16, 17, 31, 33, 1000, 2048, 2049, 5000, 200_000])
+@parametrize("classes", [1, 2, 16, 17, 31, 33, 80, 257, 1000, 1025, 2048, 2049, 5000, 200_000])
 @parametrize("variant", VARIANTS, ids=ids)
 def test_number_of_classes(variant: Any, classes: int, dtype: torch.dtype) -> None:
     case = FocalCase("", (5, classes))

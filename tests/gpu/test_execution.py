@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import process
@@ -132,6 +133,119 @@ def test_cuda_graph(problem: Problem, dtype: torch.dtype) -> None:
 def ones(size: Any, seed: int) -> Tensor:
     """A fill that needs no transfer from the CPU, which a graph cannot capture."""
     return torch.ones(tuple(size), device=DEVICE)
+
+
+# ---------------------------------------------------------------------------------------------
+# A loss's gradient that waits for backward (dlops/ops/kept_gradient.py)
+
+
+@cache
+def labels() -> Tensor:
+    return torch.arange(257, device=DEVICE)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "focal_loss": lambda x, **more: F.focal_loss(x, labels(), **more),
+    "sigmoid_focal_loss": lambda x, **more: F.sigmoid_focal_loss(x, torch.zeros_like(x), **more),
+}
+of_losses = parametrize("loss", LOSSES.values(), ids=LOSSES)
+of_dtypes = parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+# For 1 nothing is done in backward.
+FACTORS = [1.0, 3.0, 1.0, float("inf"), float("nan")]
+
+
+def logits(dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return normal((257, 300), seed).to(DEVICE, dtype).requires_grad_()
+
+
+def gradient(loss: Callable[..., Tensor], x: Tensor, factor: Tensor) -> Tensor:
+    """As backward works it out where nothing waits for it."""
+    value = loss(x, reduction="mean")
+    return torch.autograd.grad(value, x, factor, create_graph=True)[0].detach()
+
+
+@pytest.mark.memory
+@of_losses
+@of_dtypes
+def test_a_reduced_loss_keeps_its_gradient(dtype: torch.dtype, loss: Callable[..., Tensor]) -> None:
+    for retain in (False, True):
+        for factor in FACTORS:
+            x = logits(dtype)
+            value: Any = loss(x, reduction="mean")
+            place = value.grad_fn.saved_tensors[-1].data_ptr()
+            grad_output = torch.full_like(value, factor)
+            (result,) = torch.autograd.grad(value, x, grad_output, retain_graph=retain)
+            assert (result.data_ptr() == place) == (not retain)
+            expected = gradient(loss, x, grad_output)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+    each: Any = loss(logits(dtype), reduction="none")
+    assert each.grad_fn.saved_tensors[-1] is None
+
+
+@of_losses
+@of_dtypes
+def test_a_kept_gradient_waits_for_nothing(dtype: torch.dtype, loss: Callable[..., Tensor]) -> None:
+    x = logits(dtype)
+    factors = [torch.full((), factor, dtype=dtype, device=DEVICE) for factor in FACTORS]
+    loss(x, reduction="mean")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for factor in factors:
+            value = loss(x, reduction="mean")
+            torch.autograd.grad(value, x, factor, retain_graph=True)
+            torch.autograd.grad(value, x, factor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@of_losses
+@of_dtypes
+def test_a_kept_gradient_in_one_graph(dtype: torch.dtype, loss: Callable[..., Tensor]) -> None:
+    """Forward and backward together, for factors that change between the replays."""
+    x, factor = logits(dtype), torch.ones((), dtype=dtype, device=DEVICE)
+    graph = captured(lambda: torch.autograd.grad(loss(x, reduction="mean"), x, factor)[0])
+    for seed, number in enumerate(FACTORS):
+        with torch.no_grad():
+            x.copy_(logits(dtype, seed))
+        factor.fill_(number)
+        graph[0].replay()
+        expected = gradient(loss, x, factor)
+        torch.testing.assert_close(graph[1], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@of_losses
+@of_dtypes
+def test_a_kept_gradient_whose_backward_has_a_graph(
+    dtype: torch.dtype, loss: Callable[..., Tensor]
+) -> None:
+    """Backward replayed again and again after one forward, its result overwritten meanwhile."""
+    x, factor = logits(dtype), torch.ones((), dtype=dtype, device=DEVICE)
+    captured(lambda: torch.autograd.grad(loss(x, reduction="mean"), x, factor)[0])
+    forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(forward):
+        value = loss(x, reduction="mean")
+    with torch.cuda.graph(backward, pool=forward.pool()):
+        (result,) = torch.autograd.grad(value, x, factor)
+    forward.replay()
+    for number in FACTORS:
+        factor.fill_(number)
+        backward.replay()
+        expected = gradient(loss, x, factor)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+        result.zero_()
+
+
+def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of the call, which has been made before, and the result that it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 @large

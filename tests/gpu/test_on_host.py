@@ -54,6 +54,8 @@ SUITES = {
     "max_pool2d": Suite("test_max_pool2d.py"),
     "sigmoid_focal_loss": Suite("test_sigmoid_focal_loss.py"),
     "focal_loss": Suite("test_focal_loss.py"),
+    "kept_gradient": Suite("test_kept_gradient.py", "test"),
+    "losses": Suite("gpu/test_losses.py", "test", {"DLOPS_TEST_DEVICE": "cpu"}),
 }
 
 
