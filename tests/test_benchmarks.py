@@ -18,7 +18,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_conv2d, report, run, steps, ways  # noqa: E402
+from benchmarks import bench_conv2d, report, run, steps, threads, ways  # noqa: E402
 from benchmarks.check import Baseline  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
@@ -115,6 +115,24 @@ def test_contenders_take_turns() -> None:
     times = interleave({"a": step("a"), "b": step("b")}, CPU, Budget(seconds=0.0, min_rounds=4))
     assert "".join(calls).endswith("abababab")
     assert times["a"]["rounds"] == times["b"]["rounds"] == 4
+
+
+def test_the_limit_is_the_faster_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([2.0, 0.5])
+    monkeypatch.setattr(Limits, "_best", lambda self, step: (step(), next(seconds))[1])
+    limits = Limits(CPU)
+    assert limits.gemm(torch.float32) == 2 * 2048**3 / 0.5
+    assert len(limits.measured) == 2
+
+
+def test_a_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [threads.on(count, torch.get_num_threads)() for count in (2, 1)] == [2, 1]
+    monkeypatch.setattr(threads, "LAYERS", bench_conv2d.LAYERS[-1:])
+    lines = list(threads.rows(seconds=0.0))
+    assert len(lines) == 2
+    assert all(gain > 0 for _, *gains in lines for gain in gains)
+    times = {"dlops 1": {"median_s": 3.0}, "dlops 2": {"median_s": 2.0}}
+    assert threads.gains(times, "dlops") == (2.0, 1.5)
 
 
 def test_training_steps() -> None:
