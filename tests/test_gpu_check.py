@@ -32,11 +32,13 @@ def test_fault(monkeypatch):
 def run_suite(folder: Path, results: str, **env: str) -> list[dict[str, str]]:
     """The outcomes that the plugin wrote, of a suite with a failure and a kernel's fault."""
     (folder / "test_suite.py").write_text(SUITE)
+    # This process may be a worker of pytest-xdist itself; that one is not.
+    own = {name: text for name, text in os.environ.items() if not name.startswith("PYTEST_")}
     subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n1", "-p", "gpu_plugin", "test_suite.py"],
         cwd=folder,
         env={
-            **os.environ,
+            **own,
             "PYTHONPATH": str(TESTS / "gpu"),
             "DLOPS_GPU_RESULTS": str(folder / results),
             "DLOPS_GPU_SUITE": "suite",
