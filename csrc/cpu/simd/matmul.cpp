@@ -8,8 +8,8 @@
 #include <cstring>
 #include <utility>
 
-// The instructions that the product of bfloat16 needs, beyond those of its capability. A lambda does
-// not have those of the function that it stands in.
+// The instructions that the product of bfloat16 needs, beyond those of its capability. A lambda
+// does not have those of the function that it stands in.
 #if DLOPS_CAPABILITY == 2
 #define DLOPS_TARGET __attribute__((target("avx512bf16")))
 #else
