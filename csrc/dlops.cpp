@@ -8,6 +8,7 @@
 #include <torch/python.h>
 
 #include "build_info.h"
+#include "kernels.h"
 #if defined(DLOPS_WITH_CUDA)
 #include "cuda/capture.h"
 #endif
@@ -26,6 +27,11 @@ TORCH_LIBRARY(dlops, m) {
       "stride, "
       "SymInt[4] padding, SymInt[2] dilation, SymInt groups) -> Tensor");
   m.def("conv2d_grad_bias(Tensor grad_output) -> Tensor");
+  m.def(
+      "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, SymInt[4] input_size, "
+      "SymInt[2] kernel_size, SymInt[2] stride, SymInt[4] padding, SymInt[2] dilation, "
+      "SymInt groups, bool[3] output_mask) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // im2col and its transpose, col2im.
   m.def(
@@ -112,6 +118,7 @@ TORCH_LIBRARY(dlops, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &dlops::build_info,
         "What this binary was built with, and what it found on this machine, as a dict.");
+  dlops::add_kernels(m);
 #if defined(DLOPS_WITH_CUDA)
   m.def("capture", &dlops::cuda::capture,
         "The number of the CUDA graph that a device's current stream captures, 0 if none.");

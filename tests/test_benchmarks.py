@@ -18,7 +18,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_conv2d, report, run, steps, threads, ways  # noqa: E402
+from benchmarks import bench_conv2d, calls, report, run, steps, threads, ways  # noqa: E402
 from benchmarks.check import Baseline  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
@@ -133,6 +133,13 @@ def test_a_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(gain > 0 for _, *gains in lines for gain in gains)
     times = {"dlops 1": {"median_s": 3.0}, "dlops 2": {"median_s": 2.0}}
     assert threads.gains(times, "dlops") == (2.0, 1.5)
+
+
+def test_tiny_calls() -> None:
+    lines = list(calls.rows(seconds=0.0))
+    assert len(lines) == 2 * len(list(calls.problems()))
+    # Far above what is measured on a machine at rest: it fails where calls have become heavy.
+    assert all(ratio < 6 for _, ratio in lines), lines
 
 
 def test_training_steps() -> None:

@@ -547,6 +547,26 @@ def test_only_the_gradients_that_are_needed() -> None:
     assert "dlops::conv2d_grad_input" not in names
 
 
+def test_gradients_at_once_are_those_that_can_be_differentiated() -> None:
+    """Backward runs one op for all gradients; with create_graph, an op for each."""
+    x, w, b = (torch.randn(size, requires_grad=True) for size in ((2, 3, 8, 8), (4, 3, 3, 3), (4,)))
+    out = F.conv2d(x, w, b)
+    grad_output = torch.randn_like(out)
+
+    def gradients(create_graph: bool) -> tuple[set[str], tuple[Tensor, ...]]:
+        with torch.profiler.profile() as profile:
+            grads = torch.autograd.grad(
+                out, (x, w, b), grad_output, retain_graph=True, create_graph=create_graph
+            )
+        return {event.key for event in profile.key_averages()}, grads
+
+    (names, at_once), (one_by_one, kept) = gradients(False), gradients(True)
+    assert "dlops::conv2d_backward" in names
+    assert "dlops::conv2d_backward" not in one_by_one
+    assert all(map(torch.equal, at_once, kept))
+    assert all(grad.requires_grad for grad in kept[:2])
+
+
 def test_checkpointing() -> None:
     model = dlops.convert(network())
     args = torch.randn(4, 3, 16, 16, requires_grad=True), torch.randint(10, (4,))

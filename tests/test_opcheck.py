@@ -45,6 +45,7 @@ def conv2d_samples() -> list[Sample]:
         input, weight, bias = leaf(2, 4, 7, 8), leaf(6, 4 // groups, 3, 2), leaf(6)
         output = ops.conv2d(input, weight, bias, *geometry)
         grad_output = normal(output.shape).requires_grad_()
+        sizes = (list(input.shape), list(weight.shape[2:]))
         last = input.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
         samples += [
             Sample("conv2d", (input, weight, bias, *geometry)),
@@ -55,6 +56,11 @@ def conv2d_samples() -> list[Sample]:
             Sample("conv2d_grad_weight", (grad_output, input, [3, 2], *geometry)),
             Sample("conv2d_grad_weight", (grad_output, last, [3, 2], *geometry)),
             Sample("conv2d_grad_bias", (grad_output,)),
+            Sample("conv2d_backward", (grad_output, input, weight, *sizes, *geometry, [True] * 3)),
+            Sample(
+                "conv2d_backward",
+                (grad_output, None, weight, *sizes, *geometry, [True, False, True]),
+            ),
         ]
     return samples
 

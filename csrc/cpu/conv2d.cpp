@@ -19,7 +19,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -58,36 +57,37 @@ void check_dtype(const at::Tensor& tensor, const char* op) {
 // The type that products of `dtype` are summed in.
 at::ScalarType sum_type(at::ScalarType dtype) { return at::toOpMathType(dtype); }
 
+// Ops on a tensor cost more than a tiny convolution, also where they have nothing to do: what
+// follows has few of them.
+
+at::Tensor in_sum_type(const at::Tensor& tensor) {
+  const at::ScalarType type = sum_type(tensor.scalar_type());
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 // weight in the type of the sums, contiguous.
-at::Tensor dense_weight(const at::Tensor& weight) {
-  return weight.to(sum_type(weight.scalar_type())).contiguous();
-}
+at::Tensor dense_weight(const at::Tensor& weight) { return in_sum_type(weight).contiguous(); }
 
-// weight as (groups, Og, Cg, R, S), in the type of the sums.
-at::Tensor grouped_weight(const at::Tensor& weight, const Conv2dGeometry& g) {
-  return weight.to(sum_type(weight.scalar_type()))
-      .contiguous()
-      .view({g.groups, g.outputs_per_group(), g.channels_per_group(), g.R, g.S});
-}
-
-// (batch, rows, cols) as (batch, cols, rows), in memory.
-at::Tensor transposed(const at::Tensor& matrices) {
-  const int64_t rows = matrices.size(1), cols = matrices.size(2);
-  at::Tensor result = at::empty({matrices.size(0), cols, rows}, matrices.options());
+// matrices[batch][rows][cols] as [batch][cols][rows].
+template <class from_t, class to_t>
+void transpose_all(const from_t* from, int64_t batch, int64_t rows, int64_t cols, to_t* to) {
   constexpr int64_t kStrip = 64;
   const int64_t strips = ceil_div(cols, kStrip);
+  const auto flip = DLOPS_SIMD(transpose, from_t, to_t);
+  at::parallel_for(0, batch * strips, grain(kStrip * rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t matrix = i / strips * rows * cols, col = i % strips * kStrip;
+      flip(from + matrix + col, cols, rows, std::min(kStrip, cols - col), to + matrix + col * rows,
+           rows);
+    }
+  });
+}
+
+at::Tensor transposed(const at::Tensor& matrices, int64_t batch, int64_t rows, int64_t cols) {
+  at::Tensor result = at::empty({batch, cols, rows}, matrices.options());
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX(matrices.scalar_type(), "conv2d", [&] {
-    const auto flip = DLOPS_SIMD(transpose, scalar_t, scalar_t);
-    const scalar_t* from = matrices.const_data_ptr<scalar_t>();
-    scalar_t* to = result.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, matrices.size(0) * strips, grain(kStrip * rows),
-                     [&](int64_t begin, int64_t end) {
-                       for (int64_t i = begin; i < end; ++i) {
-                         const int64_t matrix = i / strips * rows * cols, col = i % strips * kStrip;
-                         flip(from + matrix + col, cols, rows, std::min(kStrip, cols - col),
-                              to + matrix + col * rows, rows);
-                       }
-                     });
+    transpose_all(matrices.const_data_ptr<scalar_t>(), batch, rows, cols,
+                  result.mutable_data_ptr<scalar_t>());
   });
   return result;
 }
@@ -97,7 +97,7 @@ at::Tensor transposed(const at::Tensor& matrices) {
 std::vector<at::Tensor> channels_last_weights(const at::Tensor& weight, const Conv2dGeometry& g,
                                               const ChannelBlocks& blocks) {
   const int64_t Og = g.outputs_per_group();
-  const at::Tensor grouped = weight.to(sum_type(weight.scalar_type())).unflatten(0, {g.groups, Og});
+  const at::Tensor grouped = in_sum_type(weight).unflatten(0, {g.groups, Og});
   std::vector<at::Tensor> result;
   for (int64_t i = 0; i < blocks.count(); ++i) {
     const int64_t c0 = blocks[i].begin, count = blocks[i].end - c0;
@@ -134,9 +134,9 @@ void forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor&
   std::vector<at::Tensor> weights;
   if constexpr (last) {
     for (const at::Tensor& part : channels_last_weights(weight, g, channels))
-      weights.push_back(transposed(part));
+      weights.push_back(transposed(part, g.groups, Og, part.size(2)));
   } else {
-    weights.push_back(grouped_weight(weight, g));
+    weights.push_back(dense_weight(weight));
   }
   const scalar_t* input_data = input.const_data_ptr<scalar_t>();
   const sum_t* bias_data = bias.defined() ? bias.const_data_ptr<sum_t>() : nullptr;
@@ -198,7 +198,7 @@ at::Tensor conv2d_by(const at::Tensor& input, const at::Tensor& weight,
   }
   at::Tensor sum_bias;
   if (bias.has_value() && bias->defined())
-    sum_bias = bias->to(sum_type(bias->scalar_type())).contiguous();
+    sum_bias = in_sum_type(*bias).contiguous();
   const at::MemoryFormat format = memory_format(input, weight);
   at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW}, input.options().memory_format(format));
   if (output.numel() == 0) return output;
@@ -272,8 +272,7 @@ void grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output, const at
 
   const std::vector<at::Tensor> weights =
       last ? channels_last_weights(weight, g, channels)
-           : std::vector<at::Tensor>{
-                 transposed(grouped_weight(weight, g).view({g.groups, Og, Cg * cells}))};
+           : std::vector<at::Tensor>{transposed(dense_weight(weight), g.groups, Og, Cg * cells)};
   // Sums of a low-precision type are kept in float32 until all of them are in.
   const bool same_type = std::is_same_v<scalar_t, sum_t>;
   const at::Tensor sums =
@@ -389,6 +388,31 @@ int64_t pixel_chunks(const Conv2dGeometry& g, int64_t blocks, int64_t tasks_per_
   return std::max<int64_t>(1, std::min({wanted, blocks, kPartialElements / weight_elements}));
 }
 
+// Writes grad_weight from sums that lie as grad_weight's products leave them.
+template <class scalar_t, bool last>
+void store_weight_sums(const Conv2dGeometry& g, const ChannelBlocks& channels,
+                       const at::opmath_type<scalar_t>* sums, const at::Tensor& grad_weight) {
+  using sum_t = at::opmath_type<scalar_t>;
+  const int64_t Og = g.outputs_per_group(), Cg = g.channels_per_group(), cells = g.R * g.S;
+  const auto convert = DLOPS_SIMD(convert_row, sum_t, scalar_t);
+  const auto flip = DLOPS_SIMD(transpose, sum_t, scalar_t);
+  scalar_t* const to = grad_weight.mutable_data_ptr<scalar_t>();
+  for (int64_t group = 0; group < g.groups; ++group) {
+    for (int64_t i = 0; i < channels.count(); ++i) {
+      const int64_t c0 = channels[i].begin, count = channels[i].end - c0;
+      const int64_t first = group * Og * Cg * cells;
+      const sum_t* sum = sums + first + c0 * cells * Og;
+      if constexpr (last) {
+        for (int64_t row = 0; row < Og * cells; ++row)
+          convert(sum + row * count, to + first + row * Cg + c0, count);
+      } else {
+        flip(sum, Og, count * cells, Og, to + first + c0 * cells, Cg * cells);
+      }
+    }
+  }
+}
+
+// `result` is dense, in the layout of the computation.
 template <class scalar_t, bool last>
 void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                  const at::Tensor& result) {
@@ -402,7 +426,7 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
 
   // One chunk's sums: for each group and channel block a K x Og (channels_last: Og x K) matrix.
   const at::Tensor sums =
-      at::zeros({chunks, g.O * Cg * cells}, result.options().dtype(sum_type(result.scalar_type())));
+      at::empty({chunks, g.O * Cg * cells}, result.options().dtype(sum_type(result.scalar_type())));
   sum_t* sum_data = sums.mutable_data_ptr<sum_t>();
   const scalar_t* input_data = input.const_data_ptr<scalar_t>();
   const scalar_t* grad_data = grad_output.const_data_ptr<scalar_t>();
@@ -419,6 +443,7 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
       const Interval c = channels[i];
       const int64_t K = (c.end - c.begin) * cells;
       sum_t* sum = sum_data + (chunk * g.O + group * Og) * Cg * cells + c.begin * cells * Og;
+      std::fill_n(sum, K * Og, sum_t(0));
       for (int64_t b = chunk * pixels.count() / chunks; b < (chunk + 1) * pixels.count() / chunks;
            ++b) {
         const Interval q = pixels[b];
@@ -433,15 +458,8 @@ void grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output, const a
       }
     }
   });
-  const at::Tensor grouped = result.view({g.groups, Og, Cg, g.R, g.S});
-  const at::Tensor groups_sums = add_chunks<sum_t>(sums).view({g.groups, Og * Cg * cells});
-  for (int64_t i = 0; i < channels.count(); ++i) {
-    const int64_t c0 = channels[i].begin, count = channels[i].end - c0;
-    const at::Tensor part = groups_sums.narrow(1, c0 * cells * Og, count * cells * Og);
-    grouped.narrow(2, c0, count)
-        .copy_(last ? part.view({g.groups, Og, g.R, g.S, count}).permute({0, 1, 4, 2, 3})
-                    : part.view({g.groups, count, g.R, g.S, Og}).permute({0, 4, 1, 2, 3}));
-  }
+  add_chunks<sum_t>(sums);
+  store_weight_sums<scalar_t, last>(g, channels, sum_data, result);
 }
 
 at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& input,
@@ -498,15 +516,17 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
     strips_grad_weight(g, dense_grad, dense_input, result, format);
     return result;
   }
+  const at::Tensor plain =
+      computed == format ? result : at::empty(result.sizes(), result.options());
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         if (computed == at::MemoryFormat::ChannelsLast) {
-          grad_weight<scalar_t, true>(g, dense_grad, dense_input, result);
+          grad_weight<scalar_t, true>(g, dense_grad, dense_input, plain);
         } else {
-          grad_weight<scalar_t, false>(g, dense_grad, dense_input, result);
+          grad_weight<scalar_t, false>(g, dense_grad, dense_input, plain);
         }
       });
-  return result;
+  return computed == format ? result : result.copy_(plain);
 }
 
 // ---------------------------------------------------------------------------------- grad_bias
@@ -535,15 +555,17 @@ void grad_bias_last(const at::Tensor& grad_output, const at::Tensor& result) {
   const int64_t O = grad_output.size(1), pixels = grad_output.numel() / O;
   const int64_t chunks = ceil_div(pixels, kPixels);
   const at::Tensor sums =
-      at::zeros({chunks, O}, result.options().dtype(sum_type(result.scalar_type())));
+      at::empty({chunks, O}, result.options().dtype(sum_type(result.scalar_type())));
   const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
   sum_t* sum_data = sums.mutable_data_ptr<sum_t>();
   const auto add_pixel = DLOPS_SIMD(add_row, scalar_t, sum_t);
   at::parallel_for(0, chunks, grain(kPixels * O), [&](int64_t begin, int64_t end) {
+    std::fill(sum_data + begin * O, sum_data + end * O, sum_t(0));
     for (int64_t p = begin * kPixels; p < std::min(pixels, end * kPixels); ++p)
       add_pixel(grad + p * O, sum_data + p / kPixels * O, O);
   });
-  result.copy_(add_chunks<sum_t>(sums));
+  add_chunks<sum_t>(sums);
+  DLOPS_SIMD(convert_row, sum_t, scalar_t)(sum_data, result.mutable_data_ptr<scalar_t>(), O);
 }
 
 at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {

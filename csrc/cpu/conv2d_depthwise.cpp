@@ -179,7 +179,8 @@ void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_outpu
           }
         });
       });
-  grad_weight.copy_(add_chunks<double>(sums).permute({2, 0, 1}).unsqueeze(1));
+  add_chunks<double>(sums);
+  grad_weight.copy_(sums.select(0, 0).permute({2, 0, 1}).unsqueeze(1));
 }
 
 }  // namespace dlops::cpu

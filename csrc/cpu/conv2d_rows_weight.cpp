@@ -60,7 +60,9 @@ class RowsGradWeight {
                  data + chunk * size + group * g_.outputs_per_group() * g_.column_rows(), first);
       });
     });
-    grad_weight.copy_(add_chunks<T>(sums).view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
+    add_chunks<T>(sums);
+    grad_weight.copy_(
+        sums.select(0, 0).view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
   }
 
  private:

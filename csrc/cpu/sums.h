@@ -27,17 +27,17 @@ double chunked_sum(int64_t count, int64_t chunk, const F& f) {
   return total;
 }
 
-// Adds the chunks of `sums` (chunks, ...) to the first, in their order. Returns that.
+// Adds the chunks of `sums` (chunks, ...) to the first, in their order.
 template <class sum_t>
-at::Tensor add_chunks(const at::Tensor& sums) {
+void add_chunks(const at::Tensor& sums) {
   const int64_t chunks = sums.size(0), size = sums.numel() / chunks;
+  if (chunks == 1) return;
   sum_t* const data = sums.mutable_data_ptr<sum_t>();
   const auto add = DLOPS_SIMD(add_row, sum_t, sum_t);
   at::parallel_for(0, size, grain(chunks), [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 1; chunk < chunks; ++chunk)
       add(data + chunk * size + begin, data + begin, end - begin);
   });
-  return sums.select(0, 0);
 }
 
 }  // namespace dlops::cpu

@@ -10,6 +10,10 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
+from dlops import _C
+
+kernels = _C.kernels
+
 # at::Reduction's numbers.
 NONE, MEAN, SUM = 0, 1, 2
 REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
@@ -20,6 +24,8 @@ AUTOCAST_DEVICES = {name for name in ("cpu", "cuda") if torch.amp.is_autocast_av
 
 def pair(value: int | Sequence[int], name: str, op: str, single: bool = True) -> list[int]:
     """``value`` as [height, width]; an int, or with ``single`` one in a list, stands for both."""
+    if type(value) is int and fits(value):
+        return [value, value]
     if isinstance(value, (list, tuple)):
         if not all(is_int(entry) and fits(entry) for entry in value):
             raise TypeError(f"{op}: {name} must be ints of 64 bits, got {tuple(value)}")
@@ -105,28 +111,27 @@ def call(function: Any, op: Callable[..., Any], *args: Any) -> Any:
     """
     if traced():
         return op(*args)
-    if not differentiable(*(arg for arg in args if isinstance(arg, Tensor))):
-        return run(op, *args)
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return function.apply(*args)
-    return function.eager.apply(*args)
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return function.eager.apply(*args)
+    return function.kernel(*args)
 
 
-def run(op: Callable[..., Any], *args: Any) -> Any:
-    """An op's kernel, past its registered derivatives, which would be looked up for nothing."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiable(*tensors: Tensor | None) -> bool:
     """Whether something may ask for a derivative with respect to one of ``tensors``."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return not torch.compiler.is_compiling() and transformed()
 
 
 def has_tangent(tensor: Tensor) -> bool:
@@ -136,22 +141,25 @@ def has_tangent(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def eager(function: Any) -> Any:
+def eager(function: Any, **parts: Callable[..., Any]) -> Any:
     """The same Function without ``setup_context``, which transforms need: with it, every call looks
-    up the signature of ``forward``, which takes longer than a small kernel."""
+    up the signature of ``forward``, which takes longer than a small kernel. ``parts`` are methods
+    that differ where no transform is active."""
 
     def forward(ctx: Any, *args: Any) -> Any:
         output = function.forward(*args)
         function.setup_context(ctx, args, output)
         return output
 
-    parts = {"forward": staticmethod(forward), "setup_context": Function.setup_context}
-    return type(function)(function.__name__, (function,), parts)
+    own = {name: staticmethod(part) for name, part in ({"forward": forward} | parts).items()}
+    members = own | {"setup_context": Function.setup_context}
+    return type(function)(function.__name__, (function,), members)
 
 
 def register(function: Any, name: str, twin: Any = None) -> None:
     """Gives the raw op the derivatives and the vmap rule of its autograd.Function. ``twin`` is what
     runs where no transform is active, if it is more than the same without its signature."""
+    function.kernel = getattr(kernels, name)
     function.eager = twin or eager(function)
     torch.library.register_autograd(
         f"dlops::{name}", function.backward, setup_context=_setup_of(function)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, empty_images, register, run
+from dlops.ops.common import call, differentiable, eager, empty_images, kernels, register
 from dlops.ops.shapes import (
     COMPLEX,
     FLOATING,
@@ -33,7 +33,7 @@ class Conv2d(Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        return run(ops.conv2d.default, input, weight, bias, *geometry)
+        return kernels.conv2d(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -101,12 +101,24 @@ class Conv2d(Function):
         return (result if bias is None else result + bias[:, None, None]), 0
 
 
+def backward_at_once(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """Conv2d's backward by one op, where its gradients are not to be differentiated again."""
+    input, weight = ctx.saved_tensors
+    legacy_vmap = torch._C._functorch.is_legacy_batchedtensor(grad_output)
+    if differentiable(grad_output, input, weight) or legacy_vmap:
+        return Conv2d.backward(ctx, grad_output)
+    factors = (factor if factor is None else conj(factor) for factor in (input, weight))
+    sizes, mask = (ctx.input_size, ctx.kernel_size), ctx.needs_input_grad[:3]
+    gradients = kernels.conv2d_backward(grad_output, *factors, *sizes, *ctx.geometry, mask)
+    return *gradients, None, None, None, None
+
+
 class Conv2dGradInput(Function):
     """conv2d_grad_input(grad_output, weight, input_size, stride, padding, dilation, groups)"""
 
     @staticmethod
     def forward(grad_output: Tensor, weight: Tensor, input_size: Any, *geometry: Any) -> Tensor:
-        return run(ops.conv2d_grad_input.default, grad_output, weight, input_size, *geometry)
+        return kernels.conv2d_grad_input(grad_output, weight, input_size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -166,7 +178,7 @@ class Conv2dGradWeight(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, input: Tensor, kernel_size: Any, *geometry: Any) -> Tensor:
-        return run(ops.conv2d_grad_weight.default, grad_output, input, kernel_size, *geometry)
+        return kernels.conv2d_grad_weight(grad_output, input, kernel_size, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -220,7 +232,7 @@ class Conv2dGradBias(Function):
 
     @staticmethod
     def forward(grad_output: Tensor) -> Tensor:
-        return run(ops.conv2d_grad_bias.default, grad_output)
+        return kernels.conv2d_grad_bias(grad_output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -351,7 +363,7 @@ def _(grad_output: Tensor) -> Tensor:
     return grad_output.new_empty(grad_output.shape[1])
 
 
-register(Conv2d, "conv2d")
+register(Conv2d, "conv2d", eager(Conv2d, backward=backward_at_once))
 register(Conv2dGradInput, "conv2d_grad_input")
 register(Conv2dGradWeight, "conv2d_grad_weight")
 register(Conv2dGradBias, "conv2d_grad_bias")

@@ -15,10 +15,10 @@ from dlops.ops.common import (
     batched,
     call,
     empty_dense,
+    kernels,
     no_third_derivative,
     reduce_rows,
     register,
-    run,
     where_asked,
 )
 from dlops.ops.kept_gradient import eager_with_gradient
@@ -42,7 +42,7 @@ class FocalLoss(Function):
 
     @staticmethod
     def forward(input: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        return run(ops.focal_loss.default, input, target, *options)
+        return kernels.focal_loss(input, target, *options)
 
     @staticmethod
     def saved(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
@@ -53,6 +53,7 @@ class FocalLoss(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.scalars = inputs[3:]
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # backward needs no zeros for the normalizer
         tensors = FocalLoss.saved(inputs, output)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -62,7 +63,9 @@ class FocalLoss(Function):
         return FocalLoss.backward_of(ctx, ctx.saved_tensors, grad_output)
 
     @staticmethod
-    def backward_of(ctx: Any, saved: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward_of(ctx: Any, saved: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * (2 + OPTIONS)
         mask = ctx.needs_input_grad[:2]
         grads = vjp(grad_output, *saved, *ctx.scalars, list(mask))
         return *where_asked(grads, mask), *[None] * OPTIONS
@@ -94,7 +97,7 @@ class FocalLossVjp(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return run(ops.focal_loss_vjp.default, *args)
+        return kernels.focal_loss_vjp(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -146,7 +149,7 @@ class FocalLossJvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return run(ops.focal_loss_jvp.default, *args)
+        return kernels.focal_loss_jvp(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -207,7 +210,7 @@ class FocalLossHvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return run(ops.focal_loss_hvp.default, *args)
+        return kernels.focal_loss_hvp(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -402,7 +405,7 @@ def _(
 
 
 with_gradient = eager_with_gradient(
-    FocalLoss, ops.focal_loss_and_grad.default, ops.focal_loss_scale_grad.default
+    FocalLoss, kernels.focal_loss_and_grad, kernels.focal_loss_scale_grad
 )
 register(FocalLoss, "focal_loss", with_gradient)
 register(FocalLossVjp, "focal_loss_vjp")

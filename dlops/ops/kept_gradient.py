@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
 
 from dlops import _C
-from dlops.ops.common import NONE, run, traced
+from dlops.ops.common import NONE, eager, traced, transformed
 
 # On the CPU backward multiplies what waits. In narrower types the gradient of a mean could become
 # too small before it is multiplied by a scaled loss's gradient, and would be rounded twice.
@@ -18,9 +17,9 @@ MULTIPLIED = (torch.float64, torch.float32)
 def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
     """The twin of a loss's Function that runs where no transform is active (`common.eager`).
 
-    The op ``and_grad`` returns what ``function.forward`` does and the gradient of the first input
-    for a grad_output of ones; ``scale_grad(gradient, grad_output, *saved, *ctx.scalars)`` turns
-    that, in place, into the gradient for another one, without waiting for a GPU.
+    The kernel ``and_grad`` returns what ``function.forward`` does and the gradient of the first
+    input for a grad_output of ones; ``scale_grad(gradient, grad_output, *saved, *ctx.scalars)``
+    turns that, in place, into the gradient for another one, without waiting for a GPU.
     ``function.backward_of(ctx, saved, grad_output)`` is the backward without either.
     """
 
@@ -30,7 +29,7 @@ def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
         ctx.owns_gradient = not torch._C._autograd._top_saved_tensors_default_hooks(False)
         ctx.capture = capture(args[0])
         if keeps_gradient(function, ctx, args):
-            *outputs, grad = run(and_grad, *args)
+            *outputs, grad = and_grad(*args)
             output = tuple(outputs) if len(outputs) > 1 else outputs[0]
         else:
             output = function.forward(*args)
@@ -43,15 +42,10 @@ def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
         if grad is None or not is_plain(grad_output):
             return function.backward_of(ctx, saved, grad_output)
         result = grad if gives_away(ctx, grad) else grad.clone()
-        run(scale_grad, result, grad_output, *saved, *ctx.scalars)
+        scale_grad(result, grad_output, *saved, *ctx.scalars)
         return result, *[None] * (len(ctx.needs_input_grad) - 1)
 
-    parts = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(backward),
-        "setup_context": Function.setup_context,
-    }
-    return type(function)(function.__name__, (function,), parts)
+    return eager(function, forward=forward, backward=backward)
 
 
 def keeps_gradient(function: Any, ctx: Any, args: tuple[Any, ...]) -> bool:
@@ -83,14 +77,14 @@ def capture(tensor: Tensor) -> int:
     return _C.capture(tensor.device.index) if tensor.device.type == "cuda" else 0
 
 
-def is_plain(grad_output: Tensor) -> bool:
+def is_plain(grad_output: Tensor | None) -> bool:
     """Whether backward is for numbers alone: not to be differentiated again in either mode, not for
     many gradients at once, and with nobody who records it."""
+    if type(grad_output) is not Tensor or torch.is_grad_enabled():
+        return False
     batched = torch._C._functorch.is_legacy_batchedtensor(grad_output)
-    derived = torch.is_grad_enabled() or batched or is_derived_or_recorded()
-    return type(grad_output) is Tensor and not derived
+    return not (batched or is_derived_or_recorded())
 
 
 def is_derived_or_recorded() -> bool:
-    derived = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return derived or traced() or torch._C._len_torch_dispatch_stack() > 0
+    return transformed() or traced() or torch._C._len_torch_dispatch_stack() > 0

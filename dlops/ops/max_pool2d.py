@@ -14,9 +14,10 @@ from dlops.ops.common import (
     call,
     differentiable,
     empty_images,
+    kernels,
     register,
-    run,
     traced,
+    transformed,
 )
 from dlops.ops.shapes import FLOATING, INTEGERS, check, check_dtype, check_shape, pool2d_size
 
@@ -30,22 +31,26 @@ class MaxPool2d(Function):
 
     @staticmethod
     def forward(input: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
-        return run(ops.max_pool2d.default, input, *window)
+        return kernels.max_pool2d(input, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         input, *window, _ = inputs
         _, cells = output
         ctx.mark_non_differentiable(cells)
+        # Else backward would get zeros in the size of cells, allocated and filled for nothing.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(cells)
         ctx.save_for_forward(cells)
         ctx.input_size = list(input.shape)
         ctx.window = window
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         (cells,) = ctx.saved_tensors
-        grad_input = scatter(grad_output, cells, ctx.input_size, *ctx.window)
+        grad_input = None
+        if grad_output is not None:
+            grad_input = scatter(grad_output, cells, ctx.input_size, *ctx.window)
         return grad_input, None, None, None, None, None
 
     @staticmethod
@@ -62,12 +67,30 @@ class MaxPool2d(Function):
         return (output.unflatten(0, shape), cells.unflatten(0, shape)), (0, 0)
 
 
+class MaxPool2dValues(Function):
+    """The output alone, from (input, window); the cells wait for backward and are not returned.
+    Where no transform is active: it has neither jvp nor vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, window: tuple[Any, ...]) -> Tensor:
+        output, cells = kernels.max_pool2d(input, *window)
+        ctx.save_for_backward(cells)
+        ctx.input_size = input.shape
+        ctx.window = window[:-1]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        (cells,) = ctx.saved_tensors
+        return scatter(grad_output, cells, ctx.input_size, *ctx.window), None
+
+
 class MaxPool2dScatter(Function):
     """max_pool2d_scatter(grad_output, cells, input_size, kernel_size, stride, padding, dilation)"""
 
     @staticmethod
     def forward(grad_output: Tensor, cells: Tensor, input_size: Any, *window: Any) -> Tensor:
-        return run(ops.max_pool2d_scatter.default, grad_output, cells, input_size, *window)
+        return kernels.max_pool2d_scatter(grad_output, cells, input_size, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,7 +128,7 @@ class MaxPool2dGather(Function):
 
     @staticmethod
     def forward(input: Tensor, cells: Tensor, *window: Any) -> Tensor:
-        return run(ops.max_pool2d_gather.default, input, cells, *window)
+        return kernels.max_pool2d_gather(input, cells, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -138,9 +161,11 @@ def max_pool2d(input: Tensor, *window: Any) -> tuple[Tensor, Tensor]:
 
 def max_pool2d_values(input: Tensor, *window: Any) -> Tensor:
     """The output alone; the cells are left out where nothing can ask for a derivative."""
-    if traced() or differentiable(input):
+    if traced() or transformed():
         return max_pool2d(input, *window)[0]
-    return run(ops.max_pool2d_values.default, input, *window)
+    if differentiable(input):
+        return MaxPool2dValues.apply(input, window)
+    return kernels.max_pool2d_values(input, *window)
 
 
 def scatter(grad_output: Tensor, cells: Tensor, input_size: Any, *window: Any) -> Tensor:

@@ -14,10 +14,10 @@ from dlops.ops.common import (
     batched,
     call,
     empty_dense,
+    kernels,
     no_third_derivative,
     reduce_rows,
     register,
-    run,
     spread_grad,
     where_asked,
 )
@@ -35,7 +35,7 @@ class SigmoidFocalLoss(Function):
 
     @staticmethod
     def forward(inputs: Tensor, targets: Tensor, *options: Any) -> Tensor:
-        return run(ops.sigmoid_focal_loss.default, inputs, targets, *options)
+        return kernels.sigmoid_focal_loss(inputs, targets, *options)
 
     @staticmethod
     def saved(inputs: tuple[Any, ...], output: Tensor) -> tuple[Any, ...]:
@@ -79,7 +79,7 @@ class SigmoidFocalLossVjp(Function):
 
     @staticmethod
     def forward(grad_output: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        return run(ops.sigmoid_focal_loss_vjp.default, grad_output, *args)
+        return kernels.sigmoid_focal_loss_vjp(grad_output, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -132,7 +132,7 @@ class SigmoidFocalLossJvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
-        return run(ops.sigmoid_focal_loss_jvp.default, *args)
+        return kernels.sigmoid_focal_loss_jvp(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -184,7 +184,7 @@ class SigmoidFocalLossHvp(Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return run(ops.sigmoid_focal_loss_hvp.default, *args)
+        return kernels.sigmoid_focal_loss_hvp(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -314,8 +314,8 @@ def _(grad_output: Any, inputs_t: Any, targets_t: Any, *args: Any) -> Any:
 
 with_gradient = eager_with_gradient(
     SigmoidFocalLoss,
-    ops.sigmoid_focal_loss_and_grad.default,
-    ops.sigmoid_focal_loss_scale_grad.default,
+    kernels.sigmoid_focal_loss_and_grad,
+    kernels.sigmoid_focal_loss_scale_grad,
 )
 register(SigmoidFocalLoss, "sigmoid_focal_loss", with_gradient)
 register(SigmoidFocalLossVjp, "sigmoid_focal_loss_vjp")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dlops.ops.common import call, register, run
+from dlops.ops.common import call, kernels, register
 from dlops.ops.shapes import FLOATING, check_dtype, fold_channels, unfold_size
 
 ops = torch.ops.dlops
@@ -19,7 +19,7 @@ class Unfold(Function):
 
     @staticmethod
     def forward(input: Tensor, *window: Any) -> Tensor:
-        return run(ops.unfold.default, input, *window)
+        return kernels.unfold(input, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -47,7 +47,7 @@ class Fold(Function):
 
     @staticmethod
     def forward(input: Tensor, *window: Any) -> Tensor:
-        return run(ops.fold.default, input, *window)
+        return kernels.fold(input, *window)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
