@@ -63,7 +63,9 @@ def _ops(key: str) -> str:
     import torch
 
     names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("dlops::"))
-    without = [n for n in names if not torch._C._dispatch_has_kernel_for_dispatch_key(n, key)]
+    without = [
+        n for n in names if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(n, key)
+    ]
     missing = f"\n{MISSING} {', '.join(without)}" if without else ""
     return f"{len(names) - len(without)} of {len(names)} registered on {key}{missing}"
 
