@@ -532,38 +532,29 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
 // ---------------------------------------------------------------------------------- grad_bias
 
 template <class scalar_t>
-void grad_bias_contiguous(const at::Tensor& grad_output, const at::Tensor& result) {
-  using sum_t = at::opmath_type<scalar_t>;
-  const int64_t N = grad_output.size(0), O = grad_output.size(1);
-  const int64_t plane = grad_output.size(2) * grad_output.size(3);
-  const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
-  scalar_t* out = result.mutable_data_ptr<scalar_t>();
-  const auto sum_plane = DLOPS_SIMD(sum_row, scalar_t, sum_t);
-  at::parallel_for(0, O, grain(N * plane), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      sum_t sum(0);
-      for (int64_t n = 0; n < N; ++n) sum += sum_plane(grad + (n * O + o) * plane, plane);
-      out[o] = static_cast<scalar_t>(sum);
-    }
-  });
-}
-
-template <class scalar_t>
-void grad_bias_last(const at::Tensor& grad_output, const at::Tensor& result) {
+void grad_bias(const at::Tensor& grad_output, bool last, const at::Tensor& result) {
   using sum_t = at::opmath_type<scalar_t>;
   constexpr int64_t kPixels = kTerms;  // longer chains of roundings cost accuracy
   const int64_t O = grad_output.size(1), pixels = grad_output.numel() / O;
-  const int64_t chunks = ceil_div(pixels, kPixels);
+  const int64_t plane = grad_output.size(2) * grad_output.size(3);
+  // The sums of some pixels, or of an image, in the order in which they lie in memory.
+  const int64_t chunks = last ? ceil_div(pixels, kPixels) : grad_output.size(0);
   const at::Tensor sums =
       at::empty({chunks, O}, result.options().dtype(sum_type(result.scalar_type())));
   const scalar_t* grad = grad_output.const_data_ptr<scalar_t>();
   sum_t* sum_data = sums.mutable_data_ptr<sum_t>();
-  const auto add_pixel = DLOPS_SIMD(add_row, scalar_t, sum_t);
-  at::parallel_for(0, chunks, grain(kPixels * O), [&](int64_t begin, int64_t end) {
-    std::fill(sum_data + begin * O, sum_data + end * O, sum_t(0));
-    for (int64_t p = begin * kPixels; p < std::min(pixels, end * kPixels); ++p)
-      add_pixel(grad + p * O, sum_data + p / kPixels * O, O);
-  });
+  if (last) {
+    const auto sum = DLOPS_SIMD(sum_rows, scalar_t, sum_t);
+    at::parallel_for(0, chunks, grain(kPixels * O), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        sum(grad + i * kPixels * O, std::min(kPixels, pixels - i * kPixels), O, sum_data + i * O);
+    });
+  } else {
+    const auto sum = DLOPS_SIMD(sum_row, scalar_t, sum_t);
+    at::parallel_for(0, chunks * O, grain(plane), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) sum_data[i] = sum(grad + i * plane, plane);
+    });
+  }
   add_chunks<sum_t>(sums);
   DLOPS_SIMD(convert_row, sum_t, scalar_t)(sum_data, result.mutable_data_ptr<scalar_t>(), O);
 }
@@ -577,14 +568,10 @@ at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {
   if (grad_output.numel() == 0) return result.zero_();
   const at::MemoryFormat format = grad_output.suggest_memory_format();
   const at::Tensor dense = grad_output.contiguous(format);
+  const bool last = format == at::MemoryFormat::ChannelsLast;
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),
-                                         "conv2d_grad_bias", [&] {
-                                           if (format == at::MemoryFormat::ChannelsLast) {
-                                             grad_bias_last<scalar_t>(dense, result);
-                                           } else {
-                                             grad_bias_contiguous<scalar_t>(dense, result);
-                                           }
-                                         });
+                                         "conv2d_grad_bias",
+                                         [&] { grad_bias<scalar_t>(dense, last, result); });
   return result;
 }
 

@@ -450,6 +450,22 @@ void add_row(const from_t* from, sum_t* sum, int64_t count) {
 }
 
 template <int capability, class from_t, class sum_t>
+void sum_rows(const from_t* from, int64_t rows, int64_t count, sum_t* sum) {
+  // Some columns at a time, whose sums stay in registers.
+  const auto add = [&]<int64_t width>(int64_t j, std::integral_constant<int64_t, width>) {
+    sum_t partial[width] = {};
+    for (const from_t* row = from + j; row < from + rows * count; row += count)
+      for (int64_t l = 0; l < width; ++l) partial[l] += static_cast<sum_t>(row[l]);
+    std::copy_n(partial, width, sum + j);
+  };
+  int64_t j = 0;
+  for (; j + 64 <= count; j += 64) add(j, std::integral_constant<int64_t, 64>{});
+  for (; j + 32 <= count; j += 32) add(j, std::integral_constant<int64_t, 32>{});
+  for (; j + 16 <= count; j += 16) add(j, std::integral_constant<int64_t, 16>{});
+  for (; j < count; ++j) add(j, std::integral_constant<int64_t, 1>{});
+}
+
+template <int capability, class from_t, class sum_t>
 sum_t sum_row(const from_t* from, int64_t count) {
   constexpr int64_t lanes = 16;
   sum_t partial[lanes] = {};
@@ -507,6 +523,8 @@ void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols,
   template void transpose<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t, int64_t,   \
                                                              int64_t, sum_t*, int64_t);           \
   template void add_row<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, sum_t*, int64_t);     \
+  template void sum_rows<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t, int64_t,    \
+                                                            sum_t*);                              \
   template sum_t sum_row<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t);
 
 #define DLOPS_INSTANTIATE(scalar_t)             \

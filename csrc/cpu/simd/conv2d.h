@@ -74,6 +74,9 @@ bool split_row(const float* from, c10::BFloat16* high, c10::BFloat16* low, int64
 // sum[i] += from[i].
 template <int capability, class from_t, class sum_t>
 void add_row(const from_t* from, sum_t* sum, int64_t count);
+// sum[j] = the sum of from[i][j] over the rows, in their order; rows of `count` elements.
+template <int capability, class from_t, class sum_t>
+void sum_rows(const from_t* from, int64_t rows, int64_t count, sum_t* sum);
 // The sum of count values, in a fixed order.
 template <int capability, class from_t, class sum_t>
 sum_t sum_row(const from_t* from, int64_t count);
