@@ -144,6 +144,8 @@ LARGE_CONV2D = [
     Conv2dCase("few_pixels", (1, 43, 5, 5), (70, 43, 3, 3), padding=1),
     Conv2dCase("few_pixels_deep", (2, 256, 4, 5), (250, 256, 3, 3), padding=1),
     Conv2dCase("few_pixels_dilated", (1, 512, 7, 6), (256, 512, 2, 3), padding=(1, 2), dilation=2),
+    Conv2dCase("few_pixels_many_outputs", (2, 70, 5, 4), (512, 70, 3, 3), stride=(2, 1), padding=1),
+    Conv2dCase("few_pixels_without_borders", (1, 128, 6, 5), (256, 128, 3, 3)),
     Conv2dCase("few_pixels_of_images", (3, 86, 7, 6), (130, 43, 3, 2), stride=(2, 1), groups=2),
     Conv2dCase("many_images", (33, 32, 6, 6), (70, 32, 3, 3), padding=1),
     Conv2dCase("heavy_strided", (20, 128, 4, 5), (130, 128, 3, 3), stride=2, padding=1),

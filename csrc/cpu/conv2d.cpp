@@ -357,7 +357,8 @@ at::Tensor conv2d_grad_input_by(const at::Tensor& grad_output, const at::Tensor&
                         (computed == at::MemoryFormat::Contiguous || g.channels_per_group() <= 4) &&
                         sum_type(grad_output.scalar_type()) == grad_output.scalar_type();
   if (takes_strips(g, grad_output.scalar_type(), computed) && !by_cells) {
-    strips_grad_input(g, dense, weight, result, computed);
+    if (!few_pixels_grad_input(g, dense, weight, result, computed))
+      strips_grad_input(g, dense, weight, result, computed);
     return result.contiguous(format);
   }
   AT_DISPATCH_ALL_TYPES_AND_COMPLEX_AND2(at::kHalf, at::kBFloat16, grad_output.scalar_type(),

@@ -3,9 +3,10 @@
 // is, while the pixels are brought into columns for it:
 //
 //   output[O x P]      = weight[O x K] col[K x P]
+//   grad_col[P x K]    = grad_output'[P x O] weight[O x K]
 //   grad_weight[O x K] = grad_output[O x P] col'[P x K]
 //
-// with all P pixels of the batch. The first adds up the same terms in the same order as
+// with all P pixels of the batch. The first two add up the same terms in the same order as
 // conv2d_strips.h: the bits of an image's result do not depend on how many others there are.
 #pragma once
 
@@ -20,6 +21,9 @@ namespace dlops::cpu {
 // are dense in the given memory format; bias, where there is one, is contiguous.
 bool few_pixels_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                         const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format);
+bool few_pixels_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                           const at::Tensor& weight, const at::Tensor& grad_input,
+                           at::MemoryFormat format);
 bool few_pixels_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                             const at::Tensor& input, const at::Tensor& grad_weight,
                             at::MemoryFormat format);
