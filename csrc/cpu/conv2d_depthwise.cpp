@@ -37,11 +37,11 @@ class Taps {
     }
     return taps;
   }
-  // Seen from the input: taps are output positions.
+  // Seen from the input: taps are output positions. Those ascend, too, so that memory is read on.
   static Taps of_inputs(const Axis& a) {
     Taps taps(a.input);
     for (int64_t i = 0; i < a.input; ++i) {
-      for (int64_t k = 0; k < a.kernel; ++k) {
+      for (int64_t k = a.kernel - 1; k >= 0; --k) {
         const int64_t scaled = i + a.pad - k * a.dilation;
         if (scaled >= 0 && scaled % a.stride == 0 && scaled / a.stride < a.output)
           taps.add({scaled / a.stride, k});

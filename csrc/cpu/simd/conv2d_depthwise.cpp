@@ -59,11 +59,10 @@ void sum_channels(const DepthwiseSum& d, const TapRun& row, const TapRun& run, i
 }
 
 // Whether the taps of a run stand one source step apart, so that neighbouring destinations share
-// sources: `direction` is 1 where sources and cells ascend together, -1 where they go opposite
-// ways.
-bool slides(const TapRun& run, int64_t direction) {
+// sources.
+bool slides(const TapRun& run) {
   for (int64_t s = 0; s + 1 < run.tap_count; ++s) {
-    if (run.taps[s + 1].source != run.taps[s].source + direction * run.source_step ||
+    if (run.taps[s + 1].source != run.taps[s].source + run.source_step ||
         run.taps[s + 1].cell != run.taps[s].cell + run.taps[1].cell - run.taps[0].cell)
       return false;
   }
@@ -76,33 +75,30 @@ void add_tap(const V& value, const V& factor, V* sum) {
   if constexpr (destination >= 0 && destination < P)
     sum[destination] = at::vec::fmadd(value, factor, sum[destination]);
 }
-template <int source, int direction, int P, class V, int... s>
+template <int source, int P, class V, int... s>
 void add_source(const V& value, const V* factor, V* sum, std::integer_sequence<int, s...>) {
-  (add_tap<source - direction * s, P>(value, factor[s], sum), ...);
+  (add_tap<source - s, P>(value, factor[s], sum), ...);
 }
 
 // P destinations of a run of K taps that slides, at one vector of channels: each source is read
 // once. The sums have the order of sum_block.
-template <int P, int K, int direction, class Lanes, class scalar_t, class T, int... p, int... s,
-          int... j>
+template <int P, int K, class Lanes, class scalar_t, class T, int... p, int... s, int... j>
 void slide_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i, int64_t c,
                  Lanes lanes, const scalar_t* from, const T* weight, const T* bias, scalar_t* to,
                  std::integer_sequence<int, p...>, std::integer_sequence<int, s...>,
                  std::integer_sequence<int, j...>) {
   const int64_t source_step = run.source_step * d.C;
   const int64_t cell_step = (run.taps[1].cell - run.taps[0].cell) * d.C;
-  const int64_t first = direction > 0 ? i : i + P - 1;
-  from += c + (run.taps[0].source + first * run.source_step) * d.C;
+  from += c + (run.taps[0].source + i * run.source_step) * d.C;
   weight += c + run.taps[0].cell * d.C;
   Vec<T> sum[P] = {(static_cast<void>(p), Vec<T>(T(0)))...};
   for (int64_t r = 0; r < row.tap_count; ++r) {
     const scalar_t* x = from + row.taps[r].source * d.from_width * d.C;
     const T* w = weight + row.taps[r].cell * d.S * d.C;
     const Vec<T> factor[K] = {load<T>(w + s * cell_step, lanes)...};
-    // Destination p meets source p + direction * s.
-    ((add_source<(direction > 0 ? j : P - 1 - j), direction, P>(
-          load<T>(x, lanes), factor, sum, std::make_integer_sequence<int, K>{}),
-      x += direction * source_step),
+    // Destination p meets source p + s.
+    ((add_source<j, P>(load<T>(x, lanes), factor, sum, std::make_integer_sequence<int, K>{}),
+      x += source_step),
      ...);
   }
   const Vec<T> last = bias == nullptr ? Vec<T>(T(0)) : load<T>(bias + c, lanes);
@@ -111,13 +107,13 @@ void slide_block(const DepthwiseSum& d, const TapRun& row, const TapRun& run, in
 }
 
 // As many destinations of the run as blocks of P, P / 2, ... cover; returns where they end.
-template <int P, int K, int direction, class scalar_t, class T>
+template <int P, int K, class scalar_t, class T>
 int64_t slide(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64_t i,
               const scalar_t* from, const T* weight, const T* bias, scalar_t* to) {
   constexpr int64_t L = Vec<T>::size();
   for (; i + P <= run.count; i += P) {
     const auto block = [&](int64_t c, auto lanes) {
-      slide_block<P, K, direction>(
+      slide_block<P, K>(
           d, row, run, i, c, lanes, from, weight, bias, to, std::make_integer_sequence<int, P>{},
           std::make_integer_sequence<int, K>{}, std::make_integer_sequence<int, P + K - 1>{});
     };
@@ -125,7 +121,7 @@ int64_t slide(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64
     for (; c + L <= d.C; c += L) block(c, std::integral_constant<int64_t, L>{});
     if (c < d.C) block(c, d.C - c);
   }
-  if constexpr (P > 2) return slide<P / 2, K, direction>(d, row, run, i, from, weight, bias, to);
+  if constexpr (P > 2) return slide<P / 2, K>(d, row, run, i, from, weight, bias, to);
   return i;
 }
 
@@ -135,9 +131,7 @@ int64_t slide_run(const DepthwiseSum& d, const TapRun& row, const TapRun& run, c
                   const T* weight, const T* bias, scalar_t* to) {
   const auto along = [&](auto taps) -> int64_t {
     constexpr int K = taps;
-    if (slides(run, 1)) return slide<kSlides, K, 1>(d, row, run, 0, from, weight, bias, to);
-    if (slides(run, -1)) return slide<kSlides, K, -1>(d, row, run, 0, from, weight, bias, to);
-    return 0;
+    return slides(run) ? slide<kSlides, K>(d, row, run, 0, from, weight, bias, to) : 0;
   };
   switch (run.tap_count) {
     case 3:
