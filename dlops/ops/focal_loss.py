@@ -2,6 +2,7 @@
 derivative of the vjp along a tangent (hvp). Together they differentiate the loss twice in any mode.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,15 +46,14 @@ class FocalLoss(Function):
         return kernels.focal_loss(input, target, *options)
 
     @staticmethod
-    def saved(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    def saved(inputs: tuple[Any, ...], outputs: Sequence[Tensor]) -> tuple[Any, ...]:
         input, target, weight, *_ = inputs
-        return output[1], input, target, weight
+        return outputs[1], input, target, weight
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.scalars = inputs[3:]
         ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # backward needs no zeros for the normalizer
         tensors = FocalLoss.saved(inputs, output)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -63,9 +63,7 @@ class FocalLoss(Function):
         return FocalLoss.backward_of(ctx, ctx.saved_tensors, grad_output)
 
     @staticmethod
-    def backward_of(ctx: Any, saved: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_output is None:
-            return (None,) * (2 + OPTIONS)
+    def backward_of(ctx: Any, saved: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.needs_input_grad[:2]
         grads = vjp(grad_output, *saved, *ctx.scalars, list(mask))
         return *where_asked(grads, mask), *[None] * OPTIONS

@@ -12,14 +12,17 @@ from dlops.ops.common import NONE, eager, traced, transformed
 # On the CPU backward multiplies what waits. In narrower types the gradient of a mean could become
 # too small before it is multiplied by a scaled loss's gradient, and would be rounded twice.
 MULTIPLIED = (torch.float64, torch.float32)
+# Arguments of a loss that are tensors or None, before its scalars.
+TENSORS = 3
 
 
 def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
     """The twin of a loss's Function that runs where no transform is active (`common.eager`).
 
-    The kernel ``and_grad`` returns what ``function.forward`` does and the gradient of the first
-    input for a grad_output of ones; ``scale_grad(gradient, grad_output, *saved, *ctx.scalars)``
-    turns that, in place, into the gradient for another one, without waiting for a GPU.
+    The kernel ``and_grad`` returns what ``function.forward`` does, the loss first, and the gradient
+    of the first input for a grad_output of ones. ``scale_grad(gradient, grad_output, *saved,
+    *ctx.scalars)`` turns that, in place, into the gradient for another one, without waiting for a
+    GPU.
     ``function.backward_of(ctx, saved, grad_output)`` is the backward without either.
     """
 
@@ -30,14 +33,19 @@ def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
         ctx.capture = capture(args[0])
         if keeps_gradient(function, ctx, args):
             *outputs, grad = and_grad(*args)
-            output = tuple(outputs) if len(outputs) > 1 else outputs[0]
         else:
-            output = function.forward(*args)
-        function.setup_context(ctx, args, output)
-        ctx.save_for_backward(*function.saved(args, output), grad)
-        return output
+            outputs = function.forward(*args)
+            if isinstance(outputs, Tensor):
+                outputs = (outputs,)
+        ctx.scalars = args[TENSORS:]
+        ctx.set_materialize_grads(False)  # nothing is filled with zeros for the others
+        ctx.save_for_backward(*function.saved(args, outputs), grad)
+        # The loss; what else there is has no gradient, and no caller needs it here.
+        return outputs[0] if len(outputs) == 1 else (outputs[0], *(None for _ in outputs[1:]))
 
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
         *saved, grad = ctx.saved_tensors
         if grad is None or not is_plain(grad_output):
             return function.backward_of(ctx, saved, grad_output)
@@ -50,8 +58,8 @@ def eager_with_gradient(function: Any, and_grad: Any, scale_grad: Any) -> Any:
 
 def keeps_gradient(function: Any, ctx: Any, args: tuple[Any, ...]) -> bool:
     by_input, by_target, *_ = ctx.needs_input_grad
-    wanted = by_input and not by_target and not is_derived_or_recorded()
-    return wanted and gains(function, args)
+    recorded = torch._C._len_torch_dispatch_stack() > 0
+    return by_input and not by_target and not recorded and gains(function, args)
 
 
 def gains(function: Any, args: tuple[Any, ...]) -> bool:
@@ -77,7 +85,7 @@ def capture(tensor: Tensor) -> int:
     return _C.capture(tensor.device.index) if tensor.device.type == "cuda" else 0
 
 
-def is_plain(grad_output: Tensor | None) -> bool:
+def is_plain(grad_output: Tensor) -> bool:
     """Whether backward is for numbers alone: not to be differentiated again in either mode, not for
     many gradients at once, and with nobody who records it."""
     if type(grad_output) is not Tensor or torch.is_grad_enabled():

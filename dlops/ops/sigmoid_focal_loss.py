@@ -38,7 +38,7 @@ class SigmoidFocalLoss(Function):
         return kernels.sigmoid_focal_loss(inputs, targets, *options)
 
     @staticmethod
-    def saved(inputs: tuple[Any, ...], output: Tensor) -> tuple[Any, ...]:
+    def saved(inputs: tuple[Any, ...], outputs: Any) -> tuple[Any, ...]:
         return inputs[:3]
 
     @staticmethod
