@@ -197,8 +197,7 @@ at::Tensor conv2d_by(const at::Tensor& input, const at::Tensor& weight,
         .to(at::kComplexHalf);
   }
   at::Tensor sum_bias;
-  if (bias.has_value() && bias->defined())
-    sum_bias = in_sum_type(*bias).contiguous();
+  if (bias.has_value() && bias->defined()) sum_bias = in_sum_type(*bias).contiguous();
   const at::MemoryFormat format = memory_format(input, weight);
   at::Tensor output = at::empty({g.N, g.O, g.OH, g.OW}, input.options().memory_format(format));
   if (output.numel() == 0) return output;

@@ -344,7 +344,7 @@ bool few_pixels_forward(const Conv2dGeometry& g, const at::Tensor& input, const 
 bool few_pixels_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                            const at::Tensor& weight, const at::Tensor& grad_input,
                            at::MemoryFormat format) {
-  constexpr int64_t kLargeWeight = 128 * 1024, kImage = 1024, kGiven = 16 * 1024;
+  constexpr int64_t kLargeWeight = 128 * 1024, kImage = 1024, kGiven = 8 * 1024;
   const int64_t P = g.N * g.output_pixels();
   // Strips sum up kTerms terms at a time: those must be outputs of one tap.
   if (g.groups != 1 || g.O % kTerms != 0 || g.C < 32) return false;

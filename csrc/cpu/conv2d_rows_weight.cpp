@@ -61,8 +61,7 @@ class RowsGradWeight {
       });
     });
     add_chunks<T>(sums);
-    grad_weight.copy_(
-        sums.select(0, 0).view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
+    grad_weight.copy_(sums.select(0, 0).view({g_.O, g_.S, g_.R, Cg}).permute({0, 3, 2, 1}));
   }
 
  private:

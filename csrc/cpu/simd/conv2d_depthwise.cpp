@@ -113,9 +113,9 @@ int64_t slide(const DepthwiseSum& d, const TapRun& row, const TapRun& run, int64
   constexpr int64_t L = Vec<T>::size();
   for (; i + P <= run.count; i += P) {
     const auto block = [&](int64_t c, auto lanes) {
-      slide_block<P, K>(
-          d, row, run, i, c, lanes, from, weight, bias, to, std::make_integer_sequence<int, P>{},
-          std::make_integer_sequence<int, K>{}, std::make_integer_sequence<int, P + K - 1>{});
+      slide_block<P, K>(d, row, run, i, c, lanes, from, weight, bias, to,
+                        std::make_integer_sequence<int, P>{}, std::make_integer_sequence<int, K>{},
+                        std::make_integer_sequence<int, P + K - 1>{});
     };
     int64_t c = 0;
     for (; c + L <= d.C; c += L) block(c, std::integral_constant<int64_t, L>{});
