@@ -26,7 +26,10 @@ struct Conv2dGeometry {
   DLOPS_HOST_DEVICE int64_t outputs_per_group() const { return O / groups; }
   // Rows of one group's column matrix: C/groups * R * S.
   DLOPS_HOST_DEVICE int64_t column_rows() const { return channels_per_group() * R * S; }
-  DLOPS_HOST_DEVICE int64_t output_pixels() const { return OH * OW; }
+  // Wraps round, as native's does, where a batch of no images has outputs without measure.
+  DLOPS_HOST_DEVICE int64_t output_pixels() const {
+    return static_cast<int64_t>(static_cast<uint64_t>(OH) * static_cast<uint64_t>(OW));
+  }
 
   DLOPS_HOST_DEVICE int64_t input_row(int64_t oh, int64_t r) const {
     return oh * stride_h - pad_top + r * dilation_h;

@@ -503,3 +503,10 @@ def test_cells_out_of_range_touch_no_memory() -> None:
     """Cells that no pooling gave lead far out of the image. A failure would kill the process."""
     run = subprocess.run([sys.executable, "-c", CELLS_OUT_OF_RANGE], capture_output=True, text=True)
     assert run.returncode == 0, f"exit status {run.returncode}: {run.stderr[-2000:]}"
+
+
+def test_no_images_with_outputs_without_measure() -> None:
+    """Nothing overflows where nothing is worked out: so the sanitizers say."""
+    images, options = torch.empty(0, 1, 4, 4), {"kernel_size": 1, "padding": 2**31}
+    ours = F.unfold(images, **options)
+    assert ours.shape == torch.nn.functional.unfold(images, **options).shape
