@@ -138,8 +138,9 @@ def test_a_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiny_calls() -> None:
     lines = list(calls.rows(seconds=0.0))
     assert len(lines) == 2 * len(list(calls.problems()))
-    # Far above what is measured on a machine at rest: it fails where calls have become heavy.
-    assert all(ratio < 6 for _, ratio in lines), lines
+    # Far above what is measured on a machine at rest (1.2): it fails where calls have become heavy.
+    mean = torch.tensor([ratio for _, ratio in lines]).log().mean().exp().item()
+    assert mean < 4, lines
 
 
 def test_training_steps() -> None:
