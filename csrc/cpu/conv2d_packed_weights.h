@@ -53,8 +53,12 @@ class PackedWeights {
            (place(cell) * k_.in_channels + in) * k_.block();
   }
 
+  // Whether no pair is of two cells.
+  bool even() const { return k_.in_channels % 2 == 0; }
+  // Whether a cell's channels are neighbours in memory.
+  bool dense_cells() const { return last_ || cells() == 1; }
   // Whether rows of outputs go where they belong as they are read.
-  bool at_once() const { return !kPairs && (last_ || cells() == 1); }
+  bool at_once() const { return !kPairs && dense_cells(); }
 
   void pack() {
     const int64_t chunks = ceil_div(k_.in_channels, kChunk);
@@ -67,6 +71,13 @@ class PackedWeights {
         const int64_t in = task % chunks * kChunk, out = block * k_.block();
         const Interval ins{in, std::min(k_.in_channels, in + kChunk)};
         const int64_t width = std::min(k_.block(), k_.out_channels - out);
+        if constexpr (kPairs) {
+          if (even()) {
+            k_.from_outputs ? pair_by_inputs(group, block, ins, {out, out + width}, space)
+                            : pair_by_outputs(group, block, ins, {out, out + width}, space);
+            continue;
+          }
+        }
         if (k_.from_outputs) {
           pack_by_inputs(group, block, ins, {out, out + width}, space);
         } else {
@@ -118,16 +129,13 @@ class PackedWeights {
 
   void place_rows(int64_t group, int64_t block, Interval in, int64_t width,
                   const operand_t* space) const {
-    const bool even = k_.in_channels % 2 == 0;
-    for (int64_t i = in.begin; i < in.end; i += kPairs && even ? 2 : 1) {
+    for (int64_t i = in.begin; i < in.end; ++i) {
       for (int64_t cell = 0; cell < cells(); ++cell) {
         if (place(cell) < 0) continue;
         const operand_t* row = space + ((i - in.begin) * cells() + cell) * width;
         operand_t* to = destination(group, block, cell, i);
         if constexpr (!kPairs) {
           std::copy_n(row, width, to);
-        } else if (even) {
-          DLOPS_SIMD(pair_rows, operand_t)(row, row + cells() * width, 0, 1, to, width);
         } else {
           const int64_t odd = (place(cell) * k_.in_channels + i) % 2;  // the second of its pair
           to += odd - odd * k_.block();
@@ -138,6 +146,53 @@ class PackedWeights {
     if constexpr (kPairs) {
       operand_t* last = to_ + (group * k_.blocks() + block + 1) * block_size() - 2 * k_.block();
       for (int64_t j = 0; j < k_.pad * width; ++j) last[2 * j + 1] = operand_t(0);
+    }
+  }
+
+  // The same two for pairs of channels, which they place. What is turned round are whole pairs, as
+  // numbers of twice the size, where the two are neighbours or can be made so first.
+  void pair_by_outputs(int64_t group, int64_t block, Interval in, Interval out, operand_t* space) {
+    const auto turn = DLOPS_SIMD(transpose_pairs, operand_t);
+    const auto join = DLOPS_SIMD(pair_rows, operand_t);
+    const int64_t width = length(out), count = length(in), ld = C_ * cells();
+    const operand_t* outputs = from_ + (group * k_.out_channels + out.begin) * ld;
+    if (!dense_cells()) DLOPS_SIMD(transpose, operand_t, operand_t)
+    (outputs + in.begin * cells(), ld, width, count * cells(), space, width);
+    for (int64_t cell = 0; cell < cells(); ++cell) {
+      if (place(cell) < 0) continue;
+      operand_t* to = destination(group, block, cell, in.begin);
+      if (dense_cells()) {
+        turn(outputs + cell * C_ + in.begin, ld / 2, width, count / 2, to, k_.block());
+        continue;
+      }
+      for (int64_t i = 0; i < count; i += 2, to += 2 * k_.block()) {
+        const operand_t* row = space + (i * cells() + cell) * width;
+        join(row, row + cells() * width, 0, 1, to, width);
+      }
+    }
+  }
+  void pair_by_inputs(int64_t group, int64_t block, Interval in, Interval out, operand_t* space) {
+    const auto turn = DLOPS_SIMD(transpose_pairs, operand_t);
+    const auto join = DLOPS_SIMD(pair_rows, operand_t);
+    const int64_t width = length(out), ld = C_ * cells();
+    operand_t* const turned = space + 2 * width * cells();
+    for (int64_t o = in.begin; o < in.end; o += 2) {
+      const operand_t* output = from_ + (group * k_.in_channels + o) * ld;
+      if (!dense_cells()) {
+        const operand_t* run = output + out.begin * cells();
+        join(run, run + ld, 0, 1, space, width * cells());
+        turn(space, cells(), width, cells(), turned, width);
+      }
+      for (int64_t cell = 0; cell < cells(); ++cell) {
+        if (place(cell) < 0) continue;
+        operand_t* const to = destination(group, block, cell, o);
+        const operand_t* row = output + cell * C_ + out.begin;
+        if (dense_cells()) {
+          join(row, row + ld, 0, 1, to, width);
+        } else {
+          std::copy_n(turned + cell * 2 * width, 2 * width, to);
+        }
+      }
     }
   }
 

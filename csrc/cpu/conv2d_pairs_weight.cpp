@@ -62,7 +62,8 @@ class PlanesByPairs {
   PlanesByPairs(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
                 bool last)
       : g_(g),
-        layout_(g),
+        layout_(PlaneLayout::with_shared_zeros(g)),
+        rows_(forward_axis(g.OH, g.H, g.R, g.stride_h, g.pad_top, g.dilation_h)),
         cut_(g, layout_),
         grad_{grad_output.const_data_ptr<BFloat16>(), g.O, g.OH, g.OW, last},
         input_{input.const_data_ptr<BFloat16>(), g.C, g.H, g.W, last},
@@ -160,10 +161,11 @@ class PlanesByPairs {
       for (int64_t c = 0; c < channels(); ++c, to += unit.plane) {
         const BFloat16* plane =
             input_.last ? space.rows + c * pixels - rows.begin * g_.W : input_.at(n, c0 + c, 0, 0);
-        fill(g_, plane, unit.row, unit.rows, to);
+        fill(g_, layout_, plane, unit.row, unit.rows, to);
       }
     }
-    std::fill_n(to, kPlaneSlack, BFloat16(0));  // met by the odd pixel at the end of a plane
+    // Met by the last row of a plane, and by the odd pixel at its end.
+    std::fill_n(to, kPlaneSlack, BFloat16(0));
   }
 
   // A block of the gradient as [image][pair of pixels][output][2], with zeros between its rows.
@@ -204,7 +206,7 @@ class PlanesByPairs {
     // Whole vectors are written, beyond a plane's end: they are filled front to back.
     const int64_t pixels = unit.pairs * 2, met = (unit.rows - 1) * layout_.pitch + g_.OW;
     for (int64_t o = 0; o < width; ++o) {
-      fill(g_, grad_.at(n, o0 + o, 0, 0), unit.row, unit.rows, space + o * pixels);
+      fill(g_, layout_, grad_.at(n, o0 + o, 0, 0), unit.row, unit.rows, space + o * pixels);
       std::fill(space + o * pixels + met, space + (o + 1) * pixels, BFloat16(0));
     }
     turn(space, unit.pairs, width, unit.pairs, to, width);
@@ -234,20 +236,17 @@ class PlanesByPairs {
 
   void multiply(int64_t chunk, int64_t group, const Unit& unit, Interval blocks, bool first,
                 const BFloat16* b, Left left) const {
-    std::vector<Factors<BFloat16>> factors;  // of all images, for each block
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * 2 * sums_.width(block))
-        factors.push_back({left.data + n * left.rows * left.ld, b});
-    }
     const bool together = copies_cells(g_);
     for (int64_t i = 0; i < (together ? 1 : sums_.cells()); ++i) {
-      const int64_t shift = together ? 0 : offset(unit, i);
+      const Interval pairs = together ? Interval{0, unit.pairs} : met_pairs(unit, sums_.cell(i));
+      const int64_t shift = (together ? 0 : offset(unit, i)) + 2 * pairs.begin;
+      const std::vector<Factors<BFloat16>> factors = factors_of(unit, blocks, pairs, b, left);
       for (int64_t c = 0; c < left.rows; c += kBlock) {
         const Factors<BFloat16>* images = factors.data();
         for (int64_t block = blocks.begin; block < blocks.end; ++block, images += unit.images) {
           float* to = sums_.at(chunk, group, i, c, block);
           matmul_of_factors(
-              std::min(kBlock, left.rows - c), sums_.width(block), unit.pairs * 2, images,
+              std::min(kBlock, left.rows - c), sums_.width(block), 2 * length(pairs), images,
               unit.images,
               {.lda = left.ld, .ldb = sums_.width(block), .shift = shift + c * left.ld}, to,
               sums_.ld(), first ? Addend<float>{} : Addend<float>{to, sums_.ld()});
@@ -255,9 +254,29 @@ class PlanesByPairs {
       }
     }
   }
+  // Of all images, for each block.
+  std::vector<Factors<BFloat16>> factors_of(const Unit& unit, Interval blocks, Interval pairs,
+                                            const BFloat16* b, Left left) const {
+    std::vector<Factors<BFloat16>> result;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const int64_t pair = 2 * sums_.width(block);
+      for (int64_t n = 0; n < unit.images; ++n, b += unit.pairs * pair)
+        result.push_back({left.data + n * left.rows * left.ld, b + pairs.begin * pair});
+    }
+    return result;
+  }
+  // The pairs of a unit's pixels that have those which meet the image in a cell's row.
+  Interval met_pairs(const Unit& unit, int64_t cell) const {
+    const Interval inside = intersect(rows_.inside(cell / g_.S), {unit.row, unit.row + unit.rows});
+    if (length(inside) == 0) return {0, 0};
+    const int64_t begin = (inside.begin - unit.row) * layout_.pitch;
+    const int64_t end = (inside.end - 1 - unit.row) * layout_.pitch + g_.OW;
+    return {begin / 2, ceil_div(end, int64_t{2})};
+  }
 
   const Conv2dGeometry& g_;
   const PlaneLayout layout_;
+  const TapAxis rows_;
   const Cut cut_;
   const ImageView<BFloat16> grad_, input_;
   PairSums sums_;
@@ -404,7 +423,7 @@ class ImagesByPairs {
 }  // namespace
 
 bool takes_pairs(const Conv2dGeometry& g, at::ScalarType dtype) {
-  const PlaneLayout layout(g);
+  const PlaneLayout layout = PlaneLayout::with_shared_zeros(g);
   return dtype == at::kBFloat16 && multiplies_bfloat16() && !has_thin_groups(g) &&
          layout.compact(g) && Cut::elements(g, layout, 1) <= 4 * kUnitElements;
 }

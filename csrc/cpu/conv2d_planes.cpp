@@ -57,7 +57,7 @@ class GroupPhases {
     const int64_t size = layout_.channel_size(rows);
     if (rows != rows_) place(rows, size);
     for (int64_t c = 0; c < g_.channels_per_group(); ++c)
-      fill_(g_, channels + c * g_.H * g_.W, row0, rows, space_ + c * size);
+      fill_(g_, layout_, channels + c * g_.H * g_.W, row0, rows, space_ + c * size);
   }
   const sum_t* const* terms() const { return terms_.data(); }
 
@@ -202,8 +202,8 @@ void grad_input(const Conv2dGeometry& g, const scalar_t* grad_output,
       for (int64_t o = 0; o < Og; ++o) {
         sum_t* plane = planes + o * plane_size;
         std::fill_n(plane, layout.reach_w, sum_t(0));
-        fill(g, grad_output + (n * g.O + group * Og + o) * g.OH * g.OW, rows.begin - layout.reach_h,
-             count + layout.reach_h, plane + layout.reach_w);
+        fill(g, layout, grad_output + (n * g.O + group * Og + o) * g.OH * g.OW,
+             rows.begin - layout.reach_h, count + layout.reach_h, plane + layout.reach_w);
       }
       const sum_t* w = weights.data() + group * Og * Cg * g.R * g.S;
       for (size_t k = 0; k < phases.size(); ++k) {
@@ -236,13 +236,14 @@ int64_t gradient_rows(const Conv2dGeometry& g, const scalar_t* grad, Interval ro
     for (int64_t o = 0; o < Og; ++o) planes.push_back(grad + (o * g.OH + rows.begin) * g.OW);
     return g.OW;
   } else {
-    const int64_t pitch = PlaneLayout(g).pitch, count = rows.end - rows.begin;
-    for (int64_t o = 0; o < Og; ++o, space += count * pitch) {
-      DLOPS_SIMD(fill_gradient, scalar_t, sum_t)(g, grad + o * g.OH * g.OW, rows.begin, count,
-                                                 space);
+    const PlaneLayout layout(g);
+    const int64_t count = rows.end - rows.begin;
+    for (int64_t o = 0; o < Og; ++o, space += count * layout.pitch) {
+      DLOPS_SIMD(fill_gradient, scalar_t, sum_t)(g, layout, grad + o * g.OH * g.OW, rows.begin,
+                                                 count, space);
       planes.push_back(space);
     }
-    return pitch;
+    return layout.pitch;
   }
 }
 

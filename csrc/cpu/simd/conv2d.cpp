@@ -284,7 +284,7 @@ void convert_values(const from_t* from, to_t* to, int64_t count) {
     for (int64_t i = 0; i < count; i += L)
       store<float>(load<float>(from + i, count - i), to + i, count - i);
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+    std::copy_n(from, count, to);
   }
 }
 

@@ -176,9 +176,8 @@ int64_t correlate_terms(int64_t t, const T* const* a, int64_t a_pitch, const T* 
 }  // namespace
 
 template <int capability, class image_t, class sum_t>
-void fill_phases(const Conv2dGeometry& g, const image_t* image, int64_t row0, int64_t rows,
-                 sum_t* phases) {
-  const PlaneLayout layout(g);
+void fill_phases(const Conv2dGeometry& g, const PlaneLayout& layout, const image_t* image,
+                 int64_t row0, int64_t rows, sum_t* phases) {
   const int64_t pitch = layout.pitch;
   for (int64_t a = 0; a < layout.phases_h; ++a) {
     for (int64_t b = 0; b < layout.phases_w; ++b) {
@@ -199,9 +198,9 @@ void fill_phases(const Conv2dGeometry& g, const image_t* image, int64_t row0, in
 }
 
 template <int capability, class image_t, class sum_t>
-void fill_gradient(const Conv2dGeometry& g, const image_t* grad, int64_t row0, int64_t rows,
-                   sum_t* plane) {
-  const int64_t pitch = PlaneLayout(g).pitch;
+void fill_gradient(const Conv2dGeometry& g, const PlaneLayout& layout, const image_t* grad,
+                   int64_t row0, int64_t rows, sum_t* plane) {
+  const int64_t pitch = layout.pitch;
   for (int64_t q = row0; q < row0 + rows; ++q, plane += pitch) {
     const bool inside = 0 <= q && q < g.OH;
     const int64_t count = inside ? g.OW : 0;
@@ -263,14 +262,14 @@ void store_phase(const Conv2dGeometry& g, const sum_t* plane, int64_t phase_h, i
   }
 }
 
-#define DLOPS_INSTANTIATE_COPIES(image_t, sum_t)                                                \
-  template void fill_phases<DLOPS_CAPABILITY>(const Conv2dGeometry&, const image_t*, int64_t,   \
-                                              int64_t, sum_t*);                                 \
-  template void fill_gradient<DLOPS_CAPABILITY>(const Conv2dGeometry&, const image_t*, int64_t, \
-                                                int64_t, sum_t*);                               \
-  template void store_rows<DLOPS_CAPABILITY>(const Conv2dGeometry&, const sum_t*, int64_t,      \
-                                             image_t*);                                         \
-  template void store_phase<DLOPS_CAPABILITY>(const Conv2dGeometry&, const sum_t*, int64_t,     \
+#define DLOPS_INSTANTIATE_COPIES(image_t, sum_t)                                            \
+  template void fill_phases<DLOPS_CAPABILITY>(const Conv2dGeometry&, const PlaneLayout&,    \
+                                              const image_t*, int64_t, int64_t, sum_t*);    \
+  template void fill_gradient<DLOPS_CAPABILITY>(const Conv2dGeometry&, const PlaneLayout&,  \
+                                                const image_t*, int64_t, int64_t, sum_t*);  \
+  template void store_rows<DLOPS_CAPABILITY>(const Conv2dGeometry&, const sum_t*, int64_t,  \
+                                             image_t*);                                     \
+  template void store_phase<DLOPS_CAPABILITY>(const Conv2dGeometry&, const sum_t*, int64_t, \
                                               int64_t, int64_t, int64_t, image_t*);
 
 #define DLOPS_INSTANTIATE(sum_t)                                                            \

@@ -8,6 +8,7 @@
 // columns from OW to pitch are computed as well, and dropped.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "conv2d_math.h"
@@ -28,6 +29,16 @@ struct PlaneLayout {
         reach_h((g.R - 1) * g.dilation_h / g.stride_h),
         reach_w((g.S - 1) * g.dilation_w / g.stride_w),
         pitch(g.OW + reach_w) {}
+  // The zeros at the right of a row are those at the left of the next one. A plane's last row then
+  // reads kSharedZeros elements at most past its end, which are to be zero.
+  static constexpr int64_t kSharedZeros = 16;
+  static PlaneLayout with_shared_zeros(const Conv2dGeometry& g) {
+    PlaneLayout layout(g);
+    if (g.stride_w != 1) return layout;
+    const int64_t right = std::max<int64_t>(0, layout.pitch - g.pad_left - g.W);
+    layout.pitch -= std::min({g.pad_left, right, layout.reach_w, kSharedZeros});
+    return layout;
+  }
   // Wide strides make many small planes, and wide dilations many columns that are dropped.
   DLOPS_HOST_DEVICE bool compact(const Conv2dGeometry& g) const {
     return g.stride_h <= 4 && g.stride_w <= 4 && reach_w <= 2 * g.OW + 8 && reach_h <= 2 * g.OH + 8;
@@ -49,14 +60,14 @@ struct PlaneLayout {
 
 // The phase planes of one channel for the output rows [row0, row0 + rows).
 template <int capability, class image_t, class sum_t>
-void fill_phases(const Conv2dGeometry& g, const image_t* image, int64_t row0, int64_t rows,
-                 sum_t* phases);
+void fill_phases(const Conv2dGeometry& g, const PlaneLayout& layout, const image_t* image,
+                 int64_t row0, int64_t rows, sum_t* phases);
 
 // The rows [row0, row0 + rows) of one channel of grad_output with zeros between OW and pitch; rows
 // outside the image are zero.
 template <int capability, class image_t, class sum_t>
-void fill_gradient(const Conv2dGeometry& g, const image_t* grad, int64_t row0, int64_t rows,
-                   sum_t* plane);
+void fill_gradient(const Conv2dGeometry& g, const PlaneLayout& layout, const image_t* grad,
+                   int64_t row0, int64_t rows, sum_t* plane);
 
 // out[j][i] = bias[j] + sum over t of weights[j][t] * sources[t][i], for i < count. The rows of out
 // are `ld` apart; bias may be null.
