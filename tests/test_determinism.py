@@ -37,11 +37,19 @@ class Op(NamedTuple):
     bind: Callable[[torch.dtype], Callable[[Tensor, slice], Tensor]]
 
 
-def conv2d(name: str, size: tuple[int, ...], weight: tuple[int, int, int, int], **more: Any) -> Op:
+def conv2d(
+    name: str,
+    size: tuple[int, ...],
+    weight: tuple[int, int, int, int],
+    *,
+    weight_format: torch.memory_format = torch.contiguous_format,
+    **more: Any,
+) -> Op:
     case = Conv2dCase(name, (BATCH, *size), weight, **more)
 
     def bind(dtype: torch.dtype) -> Callable[[Tensor, slice], Tensor]:
         _, w, b = (x.to(dtype) for x in case.tensors())
+        w = w.contiguous(memory_format=weight_format)
         return lambda x, _: F.conv2d(x, w, b, **case.arguments())
 
     return Op(f"conv2d_{name}", case.input, bind)
@@ -101,9 +109,22 @@ CONV2D = [
     conv2d("winograd", (64, 9, 8), (64, 64, 3, 3), padding=1),
     conv2d("1x1_images", (70, 1, 1), (33, 70, 1, 1)),
     conv2d("few_pixels", (256, 5, 5), (256, 256, 3, 3), padding=1),
+    conv2d(
+        "few_pixels_channels_last_weight",
+        (256, 5, 5),
+        (256, 256, 3, 3),
+        padding=1,
+        weight_format=torch.channels_last,
+    ),
     conv2d("few_pixels_strided", (256, 6, 5), (345, 256, 3, 2), stride=(2, 3), padding=1),
     conv2d("few_pixels_many_outputs", (96, 4, 3), (512, 96, 3, 3), stride=(2, 1), padding=1),
     conv2d("few_pixels_without_borders", (128, 6, 5), (256, 128, 3, 3)),
+    conv2d(
+        "few_pixels_without_borders_channels_last_weight",
+        (128, 6, 5),
+        (256, 128, 3, 3),
+        weight_format=torch.channels_last,
+    ),
     conv2d("few_pixels_one_kernel_row", (128, 2, 5), (512, 128, 2, 2), dilation=(1, 2)),
     conv2d("1x1", (24, 7, 7), (31, 24, 1, 1)),
     conv2d("1x1_stride", (24, 9, 7), (17, 24, 1, 1), stride=2),

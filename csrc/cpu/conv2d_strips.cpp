@@ -366,6 +366,10 @@ class Strips {
     for (int64_t n = task.images.begin; n < task.images.end; ++n, from += pixels * width) {
       if (source_.last) {
         scalar_t* to = result_ + (n * plane + first) * channels + o0;
+        if (width == channels) {
+          convert(from, to, pixels * width);
+          continue;
+        }
         for (int64_t p = 0; p < pixels; ++p) convert(from + p * width, to + p * channels, width);
       } else {
         flip(from, width, pixels, width, result_ + (n * channels + o0) * plane + first, plane);

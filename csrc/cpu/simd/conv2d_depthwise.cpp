@@ -146,25 +146,44 @@ int64_t slide_run(const DepthwiseSum& d, const TapRun& row, const TapRun& run, c
 }
 
 // sums[s][lane] += grad[ow][lane] * input[ow + s][lane] over the output columns [ow0, ow1), for B
-// neighbouring kernel columns, at V vectors of channels.
-template <int B, int V, class scalar_t, class T>
+// neighbouring kernel columns, at V vectors of channels. Where it `slides`, input_step is cell_step
+// and what a pixel meets under one column the next pixel meets under the one before: each element
+// of the input is read once.
+template <int B, int V, bool slides, class scalar_t, class T>
 void correlate_row(const scalar_t* grad, const scalar_t* input, int64_t ow0, int64_t ow1,
                    int64_t input_step, int64_t cell_step, int64_t C, int64_t tail, T* sums) {
   constexpr int64_t L = Vec<T>::size();
   const auto lanes = [&](int v) { return v + 1 < V ? L : tail; };
-  Vec<T> sum[B][V];
-  for (int s = 0; s < B; ++s)
+  if (ow0 >= ow1) return;
+  Vec<T> sum[B][V], x[B][V];
+  const auto read = [&](int s, int64_t ow) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+      x[s][v] = load<T>(input + ow * input_step + s * cell_step + v * L, lanes(v));
+  };
+#pragma GCC unroll 4
+  for (int s = 0; s < B; ++s) {
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[s][v] = Vec<T>::loadu(sums + (s * V + v) * L);
+    if (slides && s + 1 < B) read(s, ow0);
+  }
   for (int64_t ow = ow0; ow < ow1; ++ow) {
+#pragma GCC unroll 4
+    for (int s = slides ? B - 1 : 0; s < B; ++s) read(s, ow);
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
       const Vec<T> g = load<T>(grad + ow * C + v * L, lanes(v));
-      for (int s = 0; s < B; ++s) {
-        const Vec<T> x = load<T>(input + ow * input_step + s * cell_step + v * L, lanes(v));
-        sum[s][v] = at::vec::fmadd(g, x, sum[s][v]);
+#pragma GCC unroll 4
+      for (int s = 0; s < B; ++s) sum[s][v] = at::vec::fmadd(g, x[s][v], sum[s][v]);
+      if constexpr (slides) {
+#pragma GCC unroll 4
+        for (int s = 0; s + 1 < B; ++s) x[s][v] = x[s + 1][v];
       }
     }
   }
+#pragma GCC unroll 4
   for (int s = 0; s < B; ++s)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[s][v].store(sums + (s * V + v) * L);
 }
 
@@ -187,15 +206,20 @@ void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const scalar
     if (!g.row_inside(ih)) continue;
     const scalar_t* from = grad + oh * g.OW * g.C;
     const scalar_t* with = input + (ih * g.W + g.input_col(0, s)) * g.C;
-    correlate_row<B, V>(from, with, common.begin, common.end, input_step, cell_step, g.C, tail,
-                        partial);
+    if (B > 1 && input_step == cell_step) {
+      correlate_row<B, V, (B > 1)>(from, with, common.begin, common.end, input_step, cell_step, g.C,
+                                   tail, partial);
+    } else {
+      correlate_row<B, V, false>(from, with, common.begin, common.end, input_step, cell_step, g.C,
+                                 tail, partial);
+    }
     for (int b = 0; b < B; ++b) {
       const scalar_t* cell = with + b * cell_step;
       T* sum = partial + b * V * L;
-      correlate_row<1, V>(from, cell, inside[b].begin, std::min(inside[b].end, common.begin),
-                          input_step, cell_step, g.C, tail, sum);
-      correlate_row<1, V>(from, cell, std::max(inside[b].begin, common.end), inside[b].end,
-                          input_step, cell_step, g.C, tail, sum);
+      correlate_row<1, V, false>(from, cell, inside[b].begin, std::min(inside[b].end, common.begin),
+                                 input_step, cell_step, g.C, tail, sum);
+      correlate_row<1, V, false>(from, cell, std::max(inside[b].begin, common.end), inside[b].end,
+                                 input_step, cell_step, g.C, tail, sum);
     }
   }
   for (int b = 0; b < B; ++b) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/simd/load_store.h"
 #include "cpu/simd/registers.h"
 
 namespace dlops::cpu {
@@ -29,12 +30,10 @@ void zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; i += L) Vec<T>(T(0)).store(to + i);
 }
 
-template <class T>
-void copy_row(const T* from, T* to, int64_t count) {
-  constexpr int64_t L = Vec<T>::size();
-  int64_t i = 0;
-  for (; i + L <= count; i += L) Vec<T>::loadu(from + i).store(to + i);
-  if (i < count) Vec<T>::loadu(from + i, static_cast<int16_t>(count - i)).store(to + i);
+template <class image_t, class sum_t>
+void copy_row(const image_t* from, sum_t* to, int64_t count) {
+  constexpr int64_t L = Vec<sum_t>::size();
+  for (int64_t i = 0; i < count; i += L) load<sum_t>(from + i, count - i).store(to + i);
 }
 
 // Every other element. Those of two bytes are the lower halves of integers.
@@ -58,11 +57,8 @@ void gather_alternate(const image_t* from, sum_t* to, int64_t count) {
 
 template <class image_t, class sum_t>
 void gather_row(const image_t* from, int64_t step, sum_t* to, int64_t count) {
-  if constexpr (std::is_same_v<image_t, sum_t>) {
-    if (step == 1) return copy_row(from, to, count);
-  }
   if (step == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<sum_t>(from[i]);
+    copy_row(from, to, count);
   } else if (step == 2) {
     gather_alternate(from, to, count);
   } else {
@@ -72,17 +68,9 @@ void gather_row(const image_t* from, int64_t step, sum_t* to, int64_t count) {
 
 template <class sum_t, class image_t>
 void scatter_row(const sum_t* from, image_t* to, int64_t step, int64_t count) {
-  if constexpr (std::is_same_v<image_t, sum_t>) {
-    constexpr int64_t L = Vec<sum_t>::size();
-    if (step == 1) {
-      int64_t i = 0;
-      for (; i + L <= count; i += L) Vec<sum_t>::loadu(from + i).store(to + i);
-      if (i < count) Vec<sum_t>::loadu(from + i).store(to + i, static_cast<int>(count - i));
-      return;
-    }
-  }
   if (step == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<image_t>(from[i]);
+    constexpr int64_t L = Vec<sum_t>::size();
+    for (int64_t i = 0; i < count; i += L) store(Vec<sum_t>::loadu(from + i), to + i, count - i);
   } else if (step == 2) {
     for (int64_t i = 0; i < count; ++i) to[2 * i] = static_cast<image_t>(from[i]);
   } else {

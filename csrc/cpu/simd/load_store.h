@@ -5,6 +5,7 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <tuple>
 #include <type_traits>
 
 namespace dlops::cpu {
@@ -15,16 +16,14 @@ template <class T, class scalar_t>
 at::vec::Vectorized<T> load(const scalar_t* from, int64_t count) {
   using V = at::vec::Vectorized<T>;
   if constexpr (std::is_same_v<T, scalar_t>) {
-    return count >= V::size() ? V::loadu(from) : V::loadu(from, count);
+    return count >= V::size() ? V::loadu(from) : V::loadu(from, static_cast<int16_t>(count));
   } else {
-    V values;
-    if (count >= V::size()) {
-      at::vec::load_to_float<scalar_t>(from, values);
-    } else {
-      scalar_t part[V::size()] = {};
-      std::copy_n(from, count, part);
-      at::vec::load_to_float<scalar_t>(part, values);
+    if (count < V::size()) {
+      const auto part = at::vec::Vectorized<scalar_t>::loadu(from, static_cast<int16_t>(count));
+      return std::get<0>(at::vec::convert_to_float<scalar_t>(part));
     }
+    V values;
+    at::vec::load_to_float<scalar_t>(from, values);
     return values;
   }
 }
