@@ -32,15 +32,21 @@ struct Strides {
 };
 
 // c[n, y, x, :] = before + a[n, y, x, :] b for a block of pixels and the sum over some factors, one
-// product along a side of the block. Before is c itself or, where `fresh`, the bias or nothing.
-template <class operand_t, class sum_t>
+// product along a side of the block. Before is c itself or, where `fresh`, the bias or nothing. A c
+// that is not of the sums' type gets them rounded, all of them at once.
+template <class operand_t, class sum_t, class out_t>
 void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
-              const std::vector<Factors<operand_t>>& factors, Strides sa, int64_t ldb, sum_t* c,
+              const std::vector<Factors<operand_t>>& factors, Strides sa, int64_t ldb, out_t* c,
               Strides sc, bool fresh, const sum_t* bias) {
-  const auto add = [&](int64_t m, int64_t shift, int64_t lda, sum_t* to, int64_t ldc) {
-    matmul_of_factors(m, width, depth, factors.data(), static_cast<int64_t>(factors.size()),
-                      {.lda = lda, .ldb = ldb, .shift = shift}, to, ldc,
-                      fresh ? Addend<sum_t>{bias, 0} : Addend<sum_t>{to, ldc});
+  const auto add = [&](int64_t m, int64_t shift, int64_t lda, out_t* to, int64_t ldc) {
+    const FactorStrides strides{.lda = lda, .ldb = ldb, .shift = shift};
+    const int64_t count = static_cast<int64_t>(factors.size());
+    if constexpr (std::is_same_v<out_t, sum_t>) {
+      matmul_of_factors(m, width, depth, factors.data(), count, strides, to, ldc,
+                        fresh ? Addend<sum_t>{bias, 0} : Addend<sum_t>{to, ldc});
+    } else {
+      matmul_rounded(m, width, depth, factors.data(), count, strides, to, ldc, {bias, 0});
+    }
   };
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
   if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);
@@ -131,6 +137,13 @@ bool writes_all(const Phase& phase) {
   return column == phase.cols.outputs && std::all_of(all.begin(), all.end(), met);
 }
 
+// Whether all terms of an output pixel of a phase that writes_all() are summed in registers.
+bool is_one_product(const Phase& phase, const Correlation& k) {
+  return std::all_of(phase.segments.begin(), phase.segments.end(), [&](const Segment& segment) {
+    return phase.rows.taps() * length(segment.taps) * k.depth() <= kTerms;
+  });
+}
+
 // float32 numbers as operands in bfloat16 are split in parts (conv2d_parts.h): then the correlation
 // has three channels for each of the source's, and the weight is split already.
 template <class scalar_t, class operand_t>
@@ -139,6 +152,7 @@ class Strips {
   // Whether products take the source as it is, and leave the result as it is.
   static constexpr bool kTakes = std::is_same_v<scalar_t, operand_t>;
   static constexpr bool kLeaves = std::is_same_v<scalar_t, sum_t>;
+  static constexpr bool kRounds = kTakes && std::is_same_v<scalar_t, at::BFloat16>;
   static constexpr bool kSplits = !kTakes && std::is_same_v<operand_t, at::BFloat16>;
   using weight_t = std::conditional_t<kSplits, operand_t, scalar_t>;
 
@@ -151,7 +165,10 @@ class Strips {
         bias_(bias),
         result_(result),
         cut_(k_, kLeaves ? 16 : 8),  // low precision takes copies of them
-        fresh_(std::all_of(k_.phases.begin(), k_.phases.end(), writes_all)) {
+        fresh_(std::all_of(k_.phases.begin(), k_.phases.end(), writes_all)),
+        rounds_(kRounds && fresh_ && rounds_products() &&
+                std::all_of(k_.phases.begin(), k_.phases.end(),
+                            [&](const Phase& phase) { return is_one_product(phase, k_); })) {
     if (!k_.unfolded.empty())
       unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1], k_.pad);
   }
@@ -205,7 +222,7 @@ class Strips {
     return kTakes && source.last && k.unfolded.empty();
   }
   bool reads_in_place() const { return reads_in_place(k_, source_); }
-  bool writes_in_place() const { return kLeaves && source_.last; }
+  bool writes_in_place() const { return (kLeaves || rounds_) && source_.last; }
   int64_t source_size() const {
     if (reads_in_place()) return 0;
     if (unfolder_) return cut_.images * unfolder_->size(cut_.rows);
@@ -284,33 +301,40 @@ class Strips {
     const int64_t first = block * k_.block();
     const int64_t width = std::min(k_.block(), k_.out_channels - first);
     const int64_t o0 = task.group * k_.out_channels + first;
-    const int64_t channels = k_.groups * k_.out_channels;
-    sum_t* to = space;
-    Strides strides{length(task.rows) * k_.W_out * width, k_.W_out * width, width};
-    if constexpr (kLeaves) {
-      if (writes_in_place()) {
-        const int64_t row = k_.W_out * channels;
-        to = result_ + (task.images.begin * k_.H_out + task.rows.begin) * row + o0;
-        strides = {k_.H_out * row, row, channels};
-      }
+    if (!writes_in_place()) {
+      compute_into(task, block, width, space,
+                   {length(task.rows) * k_.W_out * width, k_.W_out * width, width});
+      store(task, o0, width, space);
+      return;
     }
-    const sum_t* bias = bias_ == nullptr ? nullptr : bias_ + o0;
-    if (!fresh_) begin(task, bias, width, to, strides);
+    if constexpr (kLeaves || kRounds) {
+      const int64_t channels = k_.groups * k_.out_channels, row = k_.W_out * channels;
+      scalar_t* to = result_ + (task.images.begin * k_.H_out + task.rows.begin) * row + o0;
+      compute_into(task, block, width, to, {k_.H_out * row, row, channels});
+    }
+  }
+  template <class out_t>
+  void compute_into(const Task& task, int64_t block, int64_t width, out_t* to,
+                    Strides strides) const {
+    const sum_t* bias =
+        bias_ == nullptr ? nullptr : bias_ + task.group * k_.out_channels + block * k_.block();
+    if constexpr (std::is_same_v<out_t, sum_t>)
+      if (!fresh_) begin(task, bias, width, to, strides);
     const operand_t* weights = weights_.block(task.group, block);
     for (const Phase& phase : k_.phases) {
       const Interval y = phase_rows(phase, task.rows);
-      sum_t* corner =
+      out_t* corner =
           to + (phase.row0 - task.rows.begin) * strides.row + phase.col0 * strides.pixel;
       const Strides steps{strides.image, strides.row * k_.row_step, strides.pixel * k_.col_step};
       for (const Interval& band : bands(phase.rows, y))
         add_band(task, phase, band, weights, bias, width, corner, steps);
     }
-    if (!writes_in_place()) store(task, o0, width, to);
   }
 
   // Adds up the kernel rows that meet a band of outputs.
+  template <class out_t>
   void add_band(const Task& task, const Phase& phase, Interval band, const operand_t* weights,
-                const sum_t* bias, int64_t width, sum_t* to, Strides strides) const {
+                const sum_t* bias, int64_t width, out_t* to, Strides strides) const {
     const Strides& from = task.strides;
     const TapAxis& rows = phase.rows;
     for (const Segment& segment : phase.segments) {
@@ -383,7 +407,7 @@ class Strips {
   const sum_t* bias_;
   scalar_t* result_;
   const Cut cut_;
-  const bool fresh_;
+  const bool fresh_, rounds_;
   std::optional<Unfolder<scalar_t, std::conditional_t<kSplits, scalar_t, operand_t>>> unfolder_;
   std::atomic<bool> can_split_ = true;
 };

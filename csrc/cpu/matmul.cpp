@@ -14,6 +14,13 @@
 #include "cpu/matmul_tiles.h"
 #include "cpu/simd/matmul.h"
 
+// Whether products of pairs are built.
+#if defined(__x86_64__) && (!defined(DLOPS_ONLY_CAPABILITY) || DLOPS_ONLY_CAPABILITY == 2)
+#define DLOPS_PAIRS(call) call
+#else
+#define DLOPS_PAIRS(call) TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine")
+#endif
+
 namespace dlops::cpu {
 namespace {
 
@@ -66,12 +73,16 @@ void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factor
     if (takes_tiles()) {
       return matmul_of_tiles(m, n, k, factors, count, strides, c, ldc, before);
     }
-#if defined(__x86_64__) && (!defined(DLOPS_ONLY_CAPABILITY) || DLOPS_ONLY_CAPABILITY == 2)
-    matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before);
-#else
-    TORCH_INTERNAL_ASSERT(false, "no product of bfloat16 on this machine");
-#endif
+    DLOPS_PAIRS(matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before));
   }
+}
+
+bool rounds_products() { return multiplies_bfloat16() && !takes_tiles(); }
+
+void matmul_rounded(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                    int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
+                    Addend<float> before) {
+  DLOPS_PAIRS(matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before));
 }
 
 #define DLOPS_INSTANTIATE_FACTORS(T, sum_t)                                                        \

@@ -21,6 +21,8 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
 
 // Whether the machine multiplies bfloat16 numbers, with sums in float32.
 bool multiplies_bfloat16();
+// Whether it also rounds them as they are stored: matmul_rounded is there.
+bool rounds_products();
 
 // Elements that the next product may read after the last one of B.
 constexpr int64_t kPadding = 64;
@@ -32,5 +34,9 @@ constexpr int64_t kPadding = 64;
 template <class T, class sum_t>
 void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
                        const FactorStrides& strides, sum_t* c, int64_t ldc, Addend<sum_t> before);
+// The same of bfloat16 and of kTerms terms at most, rounded once.
+void matmul_rounded(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                    int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
+                    Addend<float> before);
 
 }  // namespace dlops::cpu

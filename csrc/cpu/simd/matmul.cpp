@@ -65,6 +65,11 @@ struct Operand<c10::BFloat16> {
                                                             Vec<float> sum) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  [[gnu::always_inline]] DLOPS_TARGET static void store(Vec<float> sum, c10::BFloat16* to,
+                                                        int64_t count) {
+    const auto whole = static_cast<__mmask16>((1U << count) - 1);
+    _mm256_mask_storeu_epi16(to, whole, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+  }
 };
 #endif
 
@@ -77,6 +82,7 @@ struct Tile {
   int64_t a, b;  // where the tile begins in theirs
   int64_t lda, step, ldb;
   sum_t* c;
+  T* rounded;  // instead of c
   int64_t ldc;
   Addend<sum_t> before;
   const sum_t* bias;  // of the rows, or null
@@ -156,6 +162,21 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
   };
   const auto before = [&](int i, int v) { return t.before.data + i * t.before.ld + v * V::size(); };
   const int64_t tail = t.width - (vectors - 1) * V::size();
+  if constexpr (O::kStep == 2) {
+    if (t.rounded != nullptr) {
+#pragma GCC unroll 12
+      for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t count = v + 1 < vectors ? V::size() : tail;
+          V sum = sums[i][v];
+          if (t.before.data != nullptr) sum = V::loadu(before(i, v), count) + sum;
+          O::store(sum, t.rounded + i * t.ldc + v * V::size(), count);
+        }
+      }
+      return;
+    }
+  }
   if (tail < V::size() || t.bias != nullptr) {
     finish([&](V sum, sum_t* to, int i, int v) {
       const int64_t count = v + 1 < vectors ? V::size() : tail;
@@ -211,8 +232,7 @@ void pack(const Tile<T>& t, int64_t vectors, T* to) {
 
 // Some of the terms of some of the factors, which are summed in registers.
 template <class T>
-void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
-               typename Operand<T>::sum_t* c, T* packed) {
+void add_terms(int64_t m, int64_t n, int64_t k0, const Tile<T>& t, int64_t shift, T* packed) {
   constexpr int64_t L = Vec<typename Operand<T>::sum_t>::size();
   const int64_t columns = even_part((n + L - 1) / L, kWidest) * L;
   const int64_t rows = even_part(m, rows_of(static_cast<int>(columns / L)));
@@ -234,7 +254,11 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
     }
     for (int64_t i = 0; i < m; i += rows) {
       part.a = shift + i * t.lda + k0 * t.step;
-      part.c = c + i * t.ldc + j;
+      if (t.rounded != nullptr) {
+        part.rounded = t.rounded + i * t.ldc + j;
+      } else {
+        part.c = t.c + i * t.ldc + j;
+      }
       if (t.before.data != nullptr) part.before.data = t.before.data + i * t.before.ld + j;
       if (t.bias != nullptr) part.bias = t.bias + i;
       multiply_of(part, std::min(rows, m - i), vectors)(part);
@@ -245,7 +269,7 @@ void add_terms(int64_t m, int64_t n, int64_t k0, Tile<T> t, int64_t shift,
 // `packed`: room for a tile of B, or null where a vector may be read past a row of it.
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-             const FactorStrides& strides, typename Operand<T>::sum_t* c, int64_t ldc,
+             const FactorStrides& strides, typename Operand<T>::sum_t* c, T* rounded, int64_t ldc,
              Addend<typename Operand<T>::sum_t> before, const typename Operand<T>::sum_t* bias,
              T* packed) {
   // As many factors at a time as have kTerms terms. One round at least, so that an empty sum is
@@ -265,11 +289,12 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
                         .lda = strides.lda,
                         .step = strides.step,
                         .ldb = strides.ldb,
-                        .c = nullptr,
+                        .c = c,
+                        .rounded = rounded,
                         .ldc = ldc,
                         .before = first ? before : Addend<typename Operand<T>::sum_t>{c, ldc},
                         .bias = last ? bias : nullptr},
-                strides.shift, c, packed);
+                strides.shift, packed);
     }
   }
 }
@@ -282,14 +307,22 @@ void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors,
                      const T* bias) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
   const bool whole = strides.padded || n % Vec<T>::size() == 0;  // vectors of B are
-  product(m, n, k, factors, count, strides, c, ldc, before, bias, whole ? nullptr : packed);
+  product<T>(m, n, k, factors, count, strides, c, nullptr, ldc, before, bias,
+             whole ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                      Addend<float> before) {
-  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, before, nullptr, nullptr);
+  product<c10::BFloat16>(m, n, k, factors, count, strides, c, nullptr, ldc, before, nullptr,
+                         nullptr);
+}
+void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                     int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
+                     Addend<float> before) {
+  product<c10::BFloat16>(m, n, k, factors, count, strides, nullptr, c, ldc, before, nullptr,
+                         nullptr);
 }
 #endif
 

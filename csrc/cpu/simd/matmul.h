@@ -42,5 +42,10 @@ void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors,
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                      Addend<float> before);
+// The same of kTerms terms at most, rounded to bfloat16 where it is stored: what is below float32's
+// normal numbers, to zero, as products already have it.
+void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
+                     int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
+                     Addend<float> before);
 
 }  // namespace dlops::cpu
