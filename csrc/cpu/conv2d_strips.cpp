@@ -29,42 +29,78 @@ constexpr int64_t kTasks = 8, kLeastTasks = 4;
 
 struct Strides {
   int64_t image, row, pixel;
+  int64_t at(int64_t n, int64_t y, int64_t x) const { return n * image + y * row + x * pixel; }
 };
 
-// c[n, y, x, :] = before + a[n, y, x, :] b for a block of pixels and the sum over some factors, one
-// product along a side of the block. Before is c itself or, where `fresh`, the bias or nothing. A c
-// that is not of the sums' type gets them rounded, all of them at once.
-template <class operand_t, class sum_t, class out_t>
-void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
-              const std::vector<Factors<operand_t>>& factors, Strides sa, int64_t ldb, out_t* c,
-              Strides sc, bool fresh, const sum_t* bias) {
-  const auto add = [&](int64_t m, int64_t shift, int64_t lda, out_t* to, int64_t ldc) {
-    const FactorStrides strides{.lda = lda, .ldb = ldb, .shift = shift};
-    const int64_t count = static_cast<int64_t>(factors.size());
-    if constexpr (std::is_same_v<out_t, sum_t>) {
-      matmul_of_factors(m, width, depth, factors.data(), count, strides, to, ldc,
-                        fresh ? Addend<sum_t>{bias, 0} : Addend<sum_t>{to, ldc});
-    } else {
-      matmul_rounded(m, width, depth, factors.data(), count, strides, to, ldc, {bias, 0});
-    }
-  };
+// Calls f(count, ld, n, y, x) for each side of a block of pixels, along which they are `count`,
+// from (n, y, x) on and `ld` of the strides apart. Sides that go on in all of the strides are one.
+template <class F, class... strides_t>
+void for_each_side(int64_t images, int64_t rows, int64_t cols, const F& f,
+                   const strides_t&... strides) {
   constexpr int64_t kLong = 12;  // as good as any longer side, and its pixels are neighbours
-  if (sa.row == cols * sa.pixel && sc.row == cols * sc.pixel) cols *= std::exchange(rows, 1);
-  if (rows == 1 && sa.image == cols * sa.pixel && sc.image == cols * sc.pixel)
+  if (((strides.row == cols * strides.pixel) && ...)) cols *= std::exchange(rows, 1);
+  if (rows == 1 && ((strides.image == cols * strides.pixel) && ...))
     cols *= std::exchange(images, 1);
   if (cols >= kLong || cols >= std::max(rows, images)) {
     for (int64_t n = 0; n < images; ++n)
-      for (int64_t y = 0; y < rows; ++y)
-        add(cols, n * sa.image + y * sa.row, sa.pixel, c + n * sc.image + y * sc.row, sc.pixel);
+      for (int64_t y = 0; y < rows; ++y) f(cols, &Strides::pixel, n, y, 0);
   } else if (rows >= std::min(kLong, images)) {
     for (int64_t n = 0; n < images; ++n)
-      for (int64_t x = 0; x < cols; ++x)
-        add(rows, n * sa.image + x * sa.pixel, sa.row, c + n * sc.image + x * sc.pixel, sc.row);
+      for (int64_t x = 0; x < cols; ++x) f(rows, &Strides::row, n, 0, x);
   } else {
     for (int64_t y = 0; y < rows; ++y)
-      for (int64_t x = 0; x < cols; ++x)
-        add(images, y * sa.row + x * sa.pixel, sa.image, c + y * sc.row + x * sc.pixel, sc.image);
+      for (int64_t x = 0; x < cols; ++x) f(images, &Strides::image, 0, y, x);
   }
+}
+
+// Where the sums of pixels are, and where they go rounded, which is null where they stay.
+template <class sum_t, class scalar_t>
+struct Outputs {
+  sum_t* sums;
+  Strides strides;
+  scalar_t* rounded = nullptr;
+  Strides places = {};
+
+  Outputs from(int64_t y, int64_t x) const {
+    Outputs result = *this;
+    result.sums += strides.at(0, y, x);
+    if (rounded != nullptr) result.rounded += places.at(0, y, x);
+    return result;
+  }
+  // Those of a phase.
+  Outputs every(int64_t row_step, int64_t col_step) const {
+    const auto wider = [&](const Strides& s) {
+      return Strides{s.image, s.row * row_step, s.pixel * col_step};
+    };
+    return {sums, wider(strides), rounded, wider(places)};
+  }
+};
+
+// c[n, y, x, :] = before + a[n, y, x, :] b for a block of pixels and the sum over some factors, one
+// product along a side of the block. Before is c itself or, where `fresh`, the bias or nothing.
+template <class operand_t, class sum_t, class scalar_t>
+void multiply(int64_t images, int64_t rows, int64_t cols, int64_t depth, int64_t width,
+              const Factors<operand_t>* factors, int64_t count, Strides from, int64_t ldb,
+              const Outputs<sum_t, scalar_t>& out, bool fresh, const sum_t* bias) {
+  const bool rounds = out.rounded != nullptr;
+  for_each_side(
+      images, rows, cols,
+      [&](int64_t m, int64_t Strides::* ld, int64_t n, int64_t y, int64_t x) {
+        const FactorStrides strides{.lda = from.*ld, .ldb = ldb, .shift = from.at(n, y, x)};
+        sum_t* const c = out.sums + out.strides.at(n, y, x);
+        const int64_t ldc = out.strides.*ld;
+        const Addend<sum_t> before = fresh ? Addend<sum_t>{bias, 0} : Addend<sum_t>{c, ldc};
+        if constexpr (std::is_same_v<scalar_t, at::BFloat16> &&
+                      std::is_same_v<operand_t, at::BFloat16>) {
+          if (rounds) {
+            const Rounded rounded{out.rounded + out.places.at(n, y, x), out.places.*ld};
+            return matmul_rounded(m, width, depth, factors, count, strides, c, ldc, before,
+                                  rounded);
+          }
+        }
+        matmul_of_factors(m, width, depth, factors, count, strides, c, ldc, before);
+      },
+      from, out.strides, rounds ? out.places : out.strides);
 }
 
 // Where the taps that meet an axis' outputs change, within some outputs.
@@ -137,13 +173,6 @@ bool writes_all(const Phase& phase) {
   return column == phase.cols.outputs && std::all_of(all.begin(), all.end(), met);
 }
 
-// Whether all terms of an output pixel of a phase that writes_all() are summed in registers.
-bool is_one_product(const Phase& phase, const Correlation& k) {
-  return std::all_of(phase.segments.begin(), phase.segments.end(), [&](const Segment& segment) {
-    return phase.rows.taps() * length(segment.taps) * k.depth() <= kTerms;
-  });
-}
-
 // float32 numbers as operands in bfloat16 are split in parts (conv2d_parts.h): then the correlation
 // has three channels for each of the source's, and the weight is split already.
 template <class scalar_t, class operand_t>
@@ -166,9 +195,7 @@ class Strips {
         result_(result),
         cut_(k_, kLeaves ? 16 : 8),  // low precision takes copies of them
         fresh_(std::all_of(k_.phases.begin(), k_.phases.end(), writes_all)),
-        rounds_(kRounds && fresh_ && rounds_products() &&
-                std::all_of(k_.phases.begin(), k_.phases.end(),
-                            [&](const Phase& phase) { return is_one_product(phase, k_); })) {
+        rounds_(kRounds && fresh_ && source_.last && rounds_products()) {
     if (!k_.unfolded.empty())
       unfolder_.emplace(source_, k_.in_channels, k_.unfolded[0], k_.unfolded[1], k_.pad);
   }
@@ -222,7 +249,7 @@ class Strips {
     return kTakes && source.last && k.unfolded.empty();
   }
   bool reads_in_place() const { return reads_in_place(k_, source_); }
-  bool writes_in_place() const { return (kLeaves || rounds_) && source_.last; }
+  bool writes_in_place() const { return kLeaves && source_.last; }
   int64_t source_size() const {
     if (reads_in_place()) return 0;
     if (unfolder_) return cut_.images * unfolder_->size(cut_.rows);
@@ -297,44 +324,39 @@ class Strips {
     return true;
   }
 
+  using Out = Outputs<sum_t, scalar_t>;
+
   void compute(const Task& task, int64_t block, sum_t* space) const {
     const int64_t first = block * k_.block();
     const int64_t width = std::min(k_.block(), k_.out_channels - first);
     const int64_t o0 = task.group * k_.out_channels + first;
-    if (!writes_in_place()) {
-      compute_into(task, block, width, space,
-                   {length(task.rows) * k_.W_out * width, k_.W_out * width, width});
-      store(task, o0, width, space);
-      return;
+    const int64_t channels = k_.groups * k_.out_channels, row = k_.W_out * channels;
+    const Strides places{k_.H_out * row, row, channels};
+    scalar_t* const result = result_ + (task.images.begin * k_.H_out + task.rows.begin) * row + o0;
+    Out out{space, {length(task.rows) * k_.W_out * width, k_.W_out * width, width}};
+    if constexpr (kLeaves) {
+      if (writes_in_place()) out = {result, places};
     }
-    if constexpr (kLeaves || kRounds) {
-      const int64_t channels = k_.groups * k_.out_channels, row = k_.W_out * channels;
-      scalar_t* to = result_ + (task.images.begin * k_.H_out + task.rows.begin) * row + o0;
-      compute_into(task, block, width, to, {k_.H_out * row, row, channels});
+    if (rounds_) {
+      out.rounded = result;
+      out.places = places;
     }
-  }
-  template <class out_t>
-  void compute_into(const Task& task, int64_t block, int64_t width, out_t* to,
-                    Strides strides) const {
-    const sum_t* bias =
-        bias_ == nullptr ? nullptr : bias_ + task.group * k_.out_channels + block * k_.block();
-    if constexpr (std::is_same_v<out_t, sum_t>)
-      if (!fresh_) begin(task, bias, width, to, strides);
+    const sum_t* bias = bias_ == nullptr ? nullptr : bias_ + o0;
+    if (!fresh_) begin(task, bias, width, out.sums, out.strides);
     const operand_t* weights = weights_.block(task.group, block);
     for (const Phase& phase : k_.phases) {
       const Interval y = phase_rows(phase, task.rows);
-      out_t* corner =
-          to + (phase.row0 - task.rows.begin) * strides.row + phase.col0 * strides.pixel;
-      const Strides steps{strides.image, strides.row * k_.row_step, strides.pixel * k_.col_step};
+      const Out corner =
+          out.from(phase.row0 - task.rows.begin, phase.col0).every(k_.row_step, k_.col_step);
       for (const Interval& band : bands(phase.rows, y))
-        add_band(task, phase, band, weights, bias, width, corner, steps);
+        add_band(task, phase, band, weights, bias, width, corner);
     }
+    if (!writes_in_place() && !rounds_) store(task, o0, width, space);
   }
 
   // Adds up the kernel rows that meet a band of outputs.
-  template <class out_t>
   void add_band(const Task& task, const Phase& phase, Interval band, const operand_t* weights,
-                const sum_t* bias, int64_t width, out_t* to, Strides strides) const {
+                const sum_t* bias, int64_t width, const Out& out) const {
     const Strides& from = task.strides;
     const TapAxis& rows = phase.rows;
     for (const Segment& segment : phase.segments) {
@@ -342,15 +364,6 @@ class Strips {
       const int64_t col = x * phase.cols.step + phase.cols.offset(j);
       const int64_t depth = length(segment.taps) * k_.depth();
       std::vector<Factors<operand_t>> factors;
-      bool fresh = fresh_;
-      const auto flush = [&] {
-        if (factors.empty()) return;
-        multiply(length(task.images), length(band), length(segment.outputs), depth, width, factors,
-                 {from.image, from.row * rows.step, from.pixel * phase.cols.step}, k_.block(),
-                 to + band.begin * strides.row + x * strides.pixel, strides, fresh, bias);
-        factors.clear();
-        fresh = false;
-      };
       for (int64_t i = 0; i < rows.taps(); ++i) {
         const Interval inside = rows.inside(i);
         if (band.begin < inside.begin || band.end > inside.end) continue;
@@ -358,10 +371,19 @@ class Strips {
         const int64_t tap = phase.first_tap + i * phase.cols.taps() + j;
         factors.push_back({task.source + row * from.row + col * from.pixel,
                            weights + tap * k_.in_channels * k_.block()});
-        // As many as are summed in registers.
-        if ((static_cast<int64_t>(factors.size()) + 1) * depth > kTerms) flush();
       }
-      flush();
+      // As many at a time as are summed in registers.
+      const int64_t all = static_cast<int64_t>(factors.size());
+      const int64_t together = std::max<int64_t>(1, kTerms / std::max<int64_t>(1, depth));
+      Out to = out.from(band.begin, x);
+      scalar_t* const rounded = to.rounded;
+      for (int64_t f = 0; f < all; f += together) {
+        to.rounded = f + together < all ? nullptr : rounded;
+        multiply(length(task.images), length(band), length(segment.outputs), depth, width,
+                 factors.data() + f, std::min(together, all - f),
+                 {from.image, from.row * rows.step, from.pixel * phase.cols.step}, k_.block(), to,
+                 fresh_ && f == 0, bias);
+      }
     }
   }
 

@@ -73,16 +73,16 @@ void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factor
     if (takes_tiles()) {
       return matmul_of_tiles(m, n, k, factors, count, strides, c, ldc, before);
     }
-    DLOPS_PAIRS(matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before));
+    DLOPS_PAIRS(matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before, Rounded{}));
   }
 }
 
 bool rounds_products() { return multiplies_bfloat16() && !takes_tiles(); }
 
 void matmul_rounded(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
-                    int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
-                    Addend<float> before) {
-  DLOPS_PAIRS(matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before));
+                    int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
+                    Addend<float> before, Rounded rounded) {
+  DLOPS_PAIRS(matmul_of_pairs(m, n, k, factors, count, strides, c, ldc, before, rounded));
 }
 
 #define DLOPS_INSTANTIATE_FACTORS(T, sum_t)                                                        \

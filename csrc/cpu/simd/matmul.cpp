@@ -82,8 +82,8 @@ struct Tile {
   int64_t a, b;  // where the tile begins in theirs
   int64_t lda, step, ldb;
   sum_t* c;
-  T* rounded;  // instead of c
   int64_t ldc;
+  Rounded rounded;
   Addend<sum_t> before;
   const sum_t* bias;  // of the rows, or null
 };
@@ -163,7 +163,7 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
   const auto before = [&](int i, int v) { return t.before.data + i * t.before.ld + v * V::size(); };
   const int64_t tail = t.width - (vectors - 1) * V::size();
   if constexpr (O::kStep == 2) {
-    if (t.rounded != nullptr) {
+    if (t.rounded.data != nullptr) {
 #pragma GCC unroll 12
       for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4
@@ -171,7 +171,7 @@ DLOPS_TARGET void multiply(const Tile<T>& t) {
           const int64_t count = v + 1 < vectors ? V::size() : tail;
           V sum = sums[i][v];
           if (t.before.data != nullptr) sum = V::loadu(before(i, v), count) + sum;
-          O::store(sum, t.rounded + i * t.ldc + v * V::size(), count);
+          O::store(sum, t.rounded.data + i * t.rounded.ld + v * V::size(), count);
         }
       }
       return;
@@ -254,11 +254,8 @@ void add_terms(int64_t m, int64_t n, int64_t k0, const Tile<T>& t, int64_t shift
     }
     for (int64_t i = 0; i < m; i += rows) {
       part.a = shift + i * t.lda + k0 * t.step;
-      if (t.rounded != nullptr) {
-        part.rounded = t.rounded + i * t.ldc + j;
-      } else {
-        part.c = t.c + i * t.ldc + j;
-      }
+      part.c = t.c + i * t.ldc + j;
+      if (t.rounded.data != nullptr) part.rounded.data = t.rounded.data + i * t.rounded.ld + j;
       if (t.before.data != nullptr) part.before.data = t.before.data + i * t.before.ld + j;
       if (t.bias != nullptr) part.bias = t.bias + i;
       multiply_of(part, std::min(rows, m - i), vectors)(part);
@@ -269,9 +266,9 @@ void add_terms(int64_t m, int64_t n, int64_t k0, const Tile<T>& t, int64_t shift
 // `packed`: room for a tile of B, or null where a vector may be read past a row of it.
 template <class T>
 void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
-             const FactorStrides& strides, typename Operand<T>::sum_t* c, T* rounded, int64_t ldc,
+             const FactorStrides& strides, typename Operand<T>::sum_t* c, int64_t ldc,
              Addend<typename Operand<T>::sum_t> before, const typename Operand<T>::sum_t* bias,
-             T* packed) {
+             Rounded rounded, T* packed) {
   // As many factors at a time as have kTerms terms. One round at least, so that an empty sum is
   // written too.
   const int64_t together =
@@ -290,8 +287,8 @@ void product(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t
                         .step = strides.step,
                         .ldb = strides.ldb,
                         .c = c,
-                        .rounded = rounded,
                         .ldc = ldc,
+                        .rounded = last ? rounded : Rounded{},
                         .before = first ? before : Addend<typename Operand<T>::sum_t>{c, ldc},
                         .bias = last ? bias : nullptr},
                 strides.shift, packed);
@@ -307,21 +304,15 @@ void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors,
                      const T* bias) {
   alignas(64) T packed[kTerms * kWidest * Vec<T>::size()];
   const bool whole = strides.padded || n % Vec<T>::size() == 0;  // vectors of B are
-  product<T>(m, n, k, factors, count, strides, c, nullptr, ldc, before, bias,
-             whole ? nullptr : packed);
+  product(m, n, k, factors, count, strides, c, ldc, before, bias, Rounded{},
+          whole ? nullptr : packed);
 }
 
 #if DLOPS_CAPABILITY == 2
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
-                     Addend<float> before) {
-  product<c10::BFloat16>(m, n, k, factors, count, strides, c, nullptr, ldc, before, nullptr,
-                         nullptr);
-}
-void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
-                     int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
-                     Addend<float> before) {
-  product<c10::BFloat16>(m, n, k, factors, count, strides, nullptr, c, ldc, before, nullptr,
+                     Addend<float> before, Rounded rounded) {
+  product<c10::BFloat16>(m, n, k, factors, count, strides, c, ldc, before, nullptr, rounded,
                          nullptr);
 }
 #endif

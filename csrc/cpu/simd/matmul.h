@@ -38,14 +38,17 @@ template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
                      const FactorStrides& strides, T* c, int64_t ldc, Addend<T> before,
                      const T* bias = nullptr);
+// Where a product leaves its elements rounded to bfloat16 instead of in C, where `data` is not
+// null.
+struct Rounded {
+  c10::BFloat16* data = nullptr;
+  int64_t ld = 0;
+};
 // The same of bfloat16, whose B are padded and in pairs, on machines with AVX512_BF16. step is 1.
+// C holds what is not the last of the sums in any case. Numbers below float32's normal ones are
+// rounded to zero, as products have them.
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
-                     Addend<float> before);
-// The same of kTerms terms at most, rounded to bfloat16 where it is stored: what is below float32's
-// normal numbers, to zero, as products already have it.
-void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
-                     int64_t count, const FactorStrides& strides, c10::BFloat16* c, int64_t ldc,
-                     Addend<float> before);
+                     Addend<float> before, Rounded rounded);
 
 }  // namespace dlops::cpu
