@@ -497,7 +497,7 @@ at::Tensor conv2d_grad_weight(const at::Tensor& grad_output, const at::Tensor& i
   if (computed == format && takes_parts(input.scalar_type(), g.channels_per_group()) &&
       parts_grad_weight(g, dense_grad, dense_input, result, format))
     return result;
-  if (computed == format && takes_winograd_weight(g, input.scalar_type(), format) &&
+  if (computed == format && takes_winograd_weight(g, input.scalar_type()) &&
       winograd_grad_weight(g, dense_grad, dense_input, result, format))
     return result;
   if (computed == format && few_pixels_grad_weight(g, dense_grad, dense_input, result, format))

@@ -306,10 +306,9 @@ bool takes_winograd(const Conv2dGeometry& g, at::ScalarType dtype) {
   return takes(g, dtype, 32, 256) && tiles_of_image(g) >= std::max<int64_t>(16, weights / 1536);
 }
 
-bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryFormat format) {
+bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype) {
   // Few channels or tiles make thin products.
-  const int64_t least = format == at::MemoryFormat::ChannelsLast ? 32 : 48;
-  return takes(g, dtype, least, 256) && g.N * tiles_of_image(g) >= 32;
+  return takes(g, dtype, 32, 256) && g.N * tiles_of_image(g) >= 32;
 }
 
 std::vector<int64_t> winograd_forward(const Conv2dGeometry& g, const at::Tensor& input,

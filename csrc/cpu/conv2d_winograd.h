@@ -18,7 +18,7 @@ namespace dlops::cpu {
 // Whether this kernel takes a convolution of this type: where it gains, and DLOPS_CPU_CONV2D=direct
 // does not forbid it.
 bool takes_winograd(const Conv2dGeometry& g, at::ScalarType dtype);
-bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype, at::MemoryFormat format);
+bool takes_winograd_weight(const Conv2dGeometry& g, at::ScalarType dtype);
 
 // Images, gradients and results are dense in the given memory format. The first two return the
 // images whose results are not theirs, as a number is not finite: the transforms would spread it
