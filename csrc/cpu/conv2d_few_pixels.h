@@ -17,8 +17,9 @@
 namespace dlops::cpu {
 
 // Each writes its result and returns true, or false where it does not pay or where something is not
-// finite: products with the zeros of the columns would then be NaN. Images, gradients and results
-// are dense in the given memory format; bias, where there is one, is contiguous.
+// finite: products with the zeros of the columns would then be NaN. bfloat16 has the second by
+// strips, and the first where channels are neighbours in memory. Images, gradients and results are
+// dense in the given memory format; bias, where there is one, is contiguous.
 bool few_pixels_forward(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
                         const at::Tensor& bias, const at::Tensor& output, at::MemoryFormat format);
 bool few_pixels_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,

@@ -34,7 +34,7 @@ constexpr int64_t kPadding = 64;
 template <class T, class sum_t>
 void matmul_of_factors(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
                        const FactorStrides& strides, sum_t* c, int64_t ldc, Addend<sum_t> before);
-// The same of bfloat16 with its elements rounded instead of in C, which is used on the way there.
+// The same of bfloat16, rounded.
 void matmul_rounded(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                     int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                     Addend<float> before, Rounded rounded);

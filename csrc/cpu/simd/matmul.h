@@ -38,15 +38,14 @@ template <int capability, class T>
 void matmul_in_order(int64_t m, int64_t n, int64_t k, const Factors<T>* factors, int64_t count,
                      const FactorStrides& strides, T* c, int64_t ldc, Addend<T> before,
                      const T* bias = nullptr);
-// Where a product leaves its elements rounded to bfloat16 instead of in C, where `data` is not
-// null.
+// Where a product leaves its elements rounded to bfloat16, if `data` is not null. C then has the
+// sums on the way there, where there are more than kTerms terms.
 struct Rounded {
   c10::BFloat16* data = nullptr;
   int64_t ld = 0;
 };
 // The same of bfloat16, whose B are padded and in pairs, on machines with AVX512_BF16. step is 1.
-// C holds what is not the last of the sums in any case. Numbers below float32's normal ones are
-// rounded to zero, as products have them.
+// Numbers below float32's normal ones are rounded to zero, as the product's instruction has them.
 void matmul_of_pairs(int64_t m, int64_t n, int64_t k, const Factors<c10::BFloat16>* factors,
                      int64_t count, const FactorStrides& strides, float* c, int64_t ldc,
                      Addend<float> before, Rounded rounded);
