@@ -93,17 +93,24 @@ class Block {
                  : "memory");
   }
 
-  // sums (16 x 8) += a (16 rows of 32 bytes) x b^T (8 rows of 32 bytes), in float32. Lane l holds
-  // of a the four bytes l % 4 of rows l / 4 and l / 4 + 8, for the first and then for the last 16
-  // bytes of the rows; of b likewise those of row l / 4; and of sums columns 2 (l % 4) and the next
-  // of rows l / 4 and l / 4 + 8.
+  // sums (16 x 8) += a (16 rows of 32 bytes) x b^T (8 rows of 32 bytes), in float32 or float64.
+  // Lane l holds of a the four bytes l % 4 of rows l / 4 and l / 4 + 8, for the first and then for
+  // the last 16 bytes of the rows, or the float64 l % 4 of both rows; of b likewise those of row l
+  // / 4; and of sums columns 2 (l % 4) and the next of rows l / 4 and l / 4 + 8.
   template <class scalar_t, class C, class A, class B>
   DLOPS_DEVICE void multiply_add(int, const C& sums, const A& a_of, const B& b_of) const {
     const int thread = static_cast<int>(threadIdx.x);
-    float* const c = sums(thread);
-    const uint32_t* const a = a_of(thread);
-    const uint32_t* const b = b_of(thread);
-    if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
+    auto* const c = sums(thread);
+    const auto* const a = a_of(thread);
+    const auto* const b = b_of(thread);
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      DLOPS_UNROLL
+      for (int i = 0; i < 2; ++i)
+        asm volatile(
+            "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+            : "+d"(c[i * 2]), "+d"(c[i * 2 + 1])
+            : "d"(a[i]), "d"(b[0]));
+    } else if constexpr (std::is_same_v<scalar_t, c10::BFloat16>) {
       asm volatile(
           "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
           "{%8, %9}, {%0, %1, %2, %3};"

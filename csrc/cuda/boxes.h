@@ -1,5 +1,5 @@
 // Boxes of a tensor that Hopper's TMA brings to shared memory by itself: rows of 128 bytes, whose
-// chunks of 16 are permuted as in tensor_cores.cuh, with zeros for all that lies outside.
+// chunks of 16 are permuted as in tiles.cuh, with zeros for all that lies outside.
 #pragma once
 
 #include <array>

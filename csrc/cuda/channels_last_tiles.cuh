@@ -1,8 +1,7 @@
-// Images of any strides as (images, pixels, groups, padded channels): what tiles for the tensor
-// cores copy by 16 bytes.
+// Images of any strides as (images, pixels, groups, padded channels): what tiles copy by 16 bytes.
 #pragma once
 
-#include "cuda/tensor_cores.cuh"
+#include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
 
@@ -11,7 +10,7 @@ namespace dlops::cuda {
 template <class scalar_t>
 struct ChannelsLastTiles {
   static constexpr int kThreads = 256, kBlocks = 4, kSide = 64;
-  static constexpr int kRow = kSide + 4 / static_cast<int>(sizeof(scalar_t));  // apart by a bank
+  static constexpr int kRow = kSide + (sizeof(scalar_t) == 2 ? 2 : 1);  // apart by a bank
   static constexpr int kSharedBytes = kSide * kRow * static_cast<int>(sizeof(scalar_t));
   static constexpr int kChunk = 16 / sizeof(scalar_t), kChunks = kSide / kChunk;
 

@@ -6,7 +6,7 @@
 #include <variant>
 
 #include "cuda/boxes.h"
-#include "cuda/tensor_cores.cuh"
+#include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
 
@@ -20,7 +20,8 @@ struct GradWeightTiles : Tile<scalar_t> {
   static constexpr Copies kCopies = copies;
   static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
   static constexpr int kBlocks = sizeof(scalar_t) == 4 && kOutputs == 128 ? 1 : 2;  // or it spills
-  static constexpr int kPixels = by_boxes ? 64 : 32;  // a stage, in panels of so many by 128 bytes
+  // A stage, in panels of so many by 128 bytes.
+  static constexpr int kPixels = by_boxes ? 64 : sizeof(scalar_t) == 8 ? 16 : 32;
   static constexpr int kPanelBytes = kPixels * T::kRowBytes;
   static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
   static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
@@ -36,10 +37,10 @@ struct GradWeightTiles : Tile<scalar_t> {
     BoxMap pixels, grad_output;  // a plane of grad_output's channels
   };
 
-  TensorCoreConv2d<scalar_t> conv;
+  TileConv2d<scalar_t> conv;
   const scalar_t* grad_output;
   int64_t grad_pixel, grad_group;  // steps in memory
-  float* sums;
+  typename T::sum_t* sums;
   bool adds;            // to what is there
   int64_t part_pixels;  // a multiple of kPixels
   std::conditional_t<by_boxes, Boxes, std::monostate> boxes;
@@ -121,50 +122,10 @@ struct GradWeightTiles : Tile<scalar_t> {
     }
   }
 
-  // Two neighbouring fragments' worth of `chunk` and the next (eight 16-bit numbers each), of the
-  // pixels that one instruction adds up: to(thread)[0 .. 3], first along the `first` direction.
-  template <class Block, class F>
-  DLOPS_DEVICE static void load(Block& block, int warp, unsigned char* panels, int pixel,
-                                int element, bool pixels_first, const F& to) {
-    if constexpr (sizeof(scalar_t) == 2) {
-      block.load_transposed(warp, to, [&](int lane) {
-        const int second = lane / 8 % 2, third = lane / 16;
-        return chunk_at(panels, pixel + (pixels_first ? second : third) * 8 + lane % 8,
-                        element / T::kChunk + (pixels_first ? third : second));
-      });
-    } else {
-      block.lanes(warp, [&](int thread) {
-        const int lane = thread % 32;
-        DLOPS_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int second = i % 2, third = i / 2;
-          const int at = element + (pixels_first ? third : second) * 8 + lane / 4;
-          to(thread)[i] = *reinterpret_cast<const uint32_t*>(
-              chunk_at(panels, pixel + (pixels_first ? second : third) * 4 + lane % 4,
-                       at / T::kChunk) +
-              at % T::kChunk * sizeof(scalar_t));
-        }
-      });
-    }
-  }
-
-  template <class Block, class F, class S>
-  DLOPS_DEVICE static void multiply_warp(Block& block, int warp, unsigned char* panels,
-                                         F& fragments, S& sums) {
-    unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
-    const int output = Products::first_row(warp), column = Products::first_column(warp);
-    DLOPS_UNROLL
-    for (int pixel = 0; pixel < kPixels; pixel += kDepth) {
-      DLOPS_UNROLL
-      for (int m = 0; m < M; ++m)
-        load(block, warp, panels, pixel, output + m * 16, false,
-             [&](int thread) { return fragments[thread].a[m]; });
-      DLOPS_UNROLL
-      for (int n = 0; n < N; n += 2)
-        load(block, warp, columns, pixel, column + n * 8, true,
-             [&](int thread) { return &fragments[thread].b[n][0]; });
-      Products::add(block, warp, fragments, sums);
-    }
+  // One number of a pixel.
+  DLOPS_DEVICE static unsigned char* element_at(unsigned char* panels, int pixel, int element) {
+    return chunk_at(panels, pixel, element / T::kChunk) +
+           element % T::kChunk * static_cast<int>(sizeof(scalar_t));
   }
 
   template <class Block, class F, class S>
@@ -178,7 +139,14 @@ struct GradWeightTiles : Tile<scalar_t> {
               panels + kOutputPanels * kPanelBytes + pixel * T::kRowBytes, kPanelBytes);
       });
     } else {
-      block.warps([&](int warp) { multiply_warp(block, warp, panels, fragments, sums); });
+      block.warps([&](int warp) {
+        unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
+        const int output = Products::first_row(warp), column = Products::first_column(warp);
+        Products::template multiply_columns<kPixels>(
+            block, warp, [&](int pixel, int o) { return element_at(panels, pixel, output + o); },
+            [&](int pixel, int k) { return element_at(columns, pixel, column + k); }, fragments,
+            sums);
+      });
     }
   }
 
@@ -186,13 +154,13 @@ struct GradWeightTiles : Tile<scalar_t> {
                           int64_t part) const {
     const int warp = thread / 32;
     const int K = conv.column_rows();
-    float* const to = sums + (part * conv.groups + place.group) * conv.O * K;
+    typename T::sum_t* const to = sums + (part * conv.groups + place.group) * conv.O * K;
     const int first_output = place.first_output + Products::first_row(warp);
     const int first_column = place.first_column + Products::first_column(warp);
-    values.for_each(thread % 32, [&](int, int row, int column, float sum) {
+    values.for_each(thread % 32, [&](int, int row, int column, typename T::sum_t sum) {
       const int o = first_output + row, k = first_column + column;
       if (o >= conv.O || k >= K) return;
-      float& total = to[static_cast<int64_t>(o) * K + k];
+      typename T::sum_t& total = to[static_cast<int64_t>(o) * K + k];
       total = adds ? total + sum : sum;
     });
   }

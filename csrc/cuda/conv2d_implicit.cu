@@ -1,5 +1,5 @@
-// Convolution as implicit GEMM on the tensor cores (conv2d_tiles.cuh): bfloat16, float16, and
-// float32 where torch's switch allows TF32. Results are written where they belong, in either memory
+// Convolution as implicit GEMM (conv2d_tiles.cuh): on the tensor cores, but for float32 where
+// torch's switch does not allow TF32. Results are written where they belong, in either memory
 // format.
 //
 // The gradient of the input is a convolution of grad_output for each residue of the input's rows
@@ -92,7 +92,7 @@ struct Conv2dCall {
             template <class, int, int> class Multiply = WarpProducts>
   void launch() const {
     Conv2dTiles<scalar_t, kPixels, kOutputs, copies, Multiply> tiles;
-    tiles.conv = tensor_core_conv2d<scalar_t>(g, images);
+    tiles.conv = tile_conv2d<scalar_t>(g, images);
     tiles.weight = weight.const_data_ptr<scalar_t>();
     tiles.weight_row = static_cast<int>(weight.numel() / g.O);
     tiles.bias = data_or_null<scalar_t>(bias);
@@ -109,6 +109,42 @@ struct Conv2dCall {
   }
 };
 
+// By products of warps, or of threads. Of float64 the largest tiles would take all registers.
+template <class scalar_t, template <class, int, int> class Multiply>
+void launch_by_size(const Conv2dCall& call, bool gathers, bool large, bool wide) {
+  using enum Copies;
+  if (gathers && large) return call.launch<scalar_t, 128, 64, gathered, Multiply>();
+  if (gathers) return call.launch<scalar_t, 64, 64, gathered, Multiply>();
+  if constexpr (sizeof(scalar_t) < 8) {
+    if (wide) return call.launch<scalar_t, 128, 128, chunks, Multiply>();
+  }
+  if (large) return call.launch<scalar_t, 128, 64, chunks, Multiply>();
+  call.launch<scalar_t, 64, 64, chunks, Multiply>();
+}
+
+// By products of groups of warps. Whether these are asked for and serve the call.
+template <class scalar_t>
+bool launch_by_groups(const Conv2dCall& call, bool gathers, bool wide) {
+  using enum Copies;
+  if (!gathers && takes_boxes(call.g, call.images.memory, call.images.channels, call.images.col)) {
+    wide ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
+         : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
+    return true;
+  }
+  if constexpr (sizeof(scalar_t) == 2) {
+    if (!asks_for_wgmma()) return false;
+    if (gathers) {
+      call.launch<scalar_t, 128, 64, gathered, GroupProducts>();
+    } else if (wide) {
+      call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
+    } else {
+      call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
+    }
+    return true;
+  }
+  return false;
+}
+
 // Tiles of every size add up an output's products in the same order. Only where wgmma takes over
 // from mma.sync, and boxes from chunks, may the number of images change a result's bits.
 void launch_conv2d(const Conv2dCall& call, bool gathers) {
@@ -120,36 +156,13 @@ void launch_conv2d(const Conv2dCall& call, bool gathers) {
   const bool large = rows * tiles_of(outputs, 64) >= enough;                  // 128 x 64
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
-    using enum Copies;
-    if (large && !gathers &&
-        takes_boxes(g, call.images.memory, call.images.channels, call.images.col)) {
-      wide ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
-           : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
-      return;
+    if constexpr (sizeof(scalar_t) < 8) {
+      if (large && launch_by_groups<scalar_t>(call, gathers, wide)) return;
     }
-    if constexpr (sizeof(scalar_t) == 2) {
-      if (large && asks_for_wgmma()) {
-        if (gathers) {
-          call.launch<scalar_t, 128, 64, gathered, GroupProducts>();
-        } else if (wide) {
-          call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
-        } else {
-          call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
-        }
-        return;
-      }
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, gathers, large, wide);
     }
-    if (gathers && large) {
-      call.launch<scalar_t, 128, 64, gathered>();
-    } else if (gathers) {
-      call.launch<scalar_t, 64, 64, gathered>();
-    } else if (wide) {
-      call.launch<scalar_t, 128, 128, chunks>();
-    } else if (large) {
-      call.launch<scalar_t, 128, 64, chunks>();
-    } else {
-      call.launch<scalar_t, 64, 64, chunks>();
-    }
+    launch_by_size<scalar_t, WarpProducts>(call, gathers, large, wide);
   });
 }
 

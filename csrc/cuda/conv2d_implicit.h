@@ -6,9 +6,13 @@
 
 #include "cuda/boxes.h"
 #include "cuda/conv2d.h"
-#include "cuda/tensor_cores.cuh"
+#include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
+
+// Whether float32 may be multiplied as TF32: as matrix products, by either of torch's switches.
+// (allowTF32CuBLAS() raises where only torch.backends.cuda.matmul.fp32_precision was used.)
+bool allows_tf32();
 
 // Whether Hopper's products of groups of warps are asked for, DLOPS_CUDA_CONV2D=implicit_gemm_wgmma
 // or implicit_gemm_tma, and the latter's copies of boxes: an error where the device or the build
@@ -37,6 +41,8 @@ void with_dtype(const at::Tensor& tensor, const F& f) {
       return f(c10::BFloat16());
     case at::kHalf:
       return f(c10::Half());
+    case at::kDouble:
+      return f(double());
     default:
       return f(float());
   }
@@ -98,7 +104,7 @@ BoxMap pixel_boxes(const Conv2dGeometry& g, const TileImages& images, int box_pi
 
 // The convolution of these images.
 template <class scalar_t>
-TensorCoreConv2d<scalar_t> tensor_core_conv2d(const Conv2dGeometry& g, const TileImages& images) {
+TileConv2d<scalar_t> tile_conv2d(const Conv2dGeometry& g, const TileImages& images) {
   const auto narrow = [](int64_t value) { return static_cast<int>(value); };
   return {images.memory.const_data_ptr<scalar_t>(),
           images.image,

@@ -32,7 +32,8 @@ Choice choice() {
   return Choice::tma;
 }
 
-bool has_tensor_cores() {
+// What tiles are copied and multiplied by.
+bool has_instructions() {
 #if defined(__CUDACC__)
   return at::cuda::getCurrentDeviceProperties()->major >= 8;
 #else
@@ -40,16 +41,10 @@ bool has_tensor_cores() {
 #endif
 }
 
-// As matrix products, by either of torch's switches: allowTF32CuBLAS() raises where only the newer
-// one, torch.backends.cuda.matmul.fp32_precision, was used.
-bool allows_tf32() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
-}
-
 bool has_dtype(const at::Tensor& tensor) {
   const at::ScalarType dtype = tensor.scalar_type();
-  return dtype == at::kBFloat16 || dtype == at::kHalf || (dtype == at::kFloat && allows_tf32());
+  return dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat ||
+         dtype == at::kDouble;
 }
 
 // Whether every position within an image, and every row of the column matrix, is a 32-bit number,
@@ -100,6 +95,11 @@ int64_t occupying_tiles() {
 #endif
 }
 
+bool allows_tf32() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
+         at::Float32Precision::TF32;
+}
+
 bool asks_for_implicit_gemm() { return choice() != Choice::im2col; }
 
 bool asks_for_wgmma() {
@@ -120,7 +120,7 @@ bool asks_for_wgmma() {
 bool asks_for_boxes() { return asks_for_wgmma() && choice() == Choice::tma; }
 
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
-  return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_tensor_cores();
+  return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_instructions();
 }
 
 bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g) {
@@ -178,8 +178,10 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
 bool takes_boxes(const Conv2dGeometry& g, const at::Tensor& images, int64_t channels,
                  int64_t pixel) {
   const int64_t whole = whole_boxes(channels, images);
-  return asks_for_boxes() && whole * 3 <= channels * 4 && (g.groups == 1 || whole == channels) &&
-         pixel >= g.groups * channels &&
+  const bool has_numbers =
+      images.element_size() == 2 || (images.scalar_type() == at::kFloat && allows_tf32());
+  return has_numbers && asks_for_boxes() && whole * 3 <= channels * 4 &&
+         (g.groups == 1 || whole == channels) && pixel >= g.groups * channels &&
          boxes_reach(boxes_of_pixels(g, images, channels, pixel), (g.R - 1) * g.dilation_h,
                      (g.S - 1) * g.dilation_w);
 }

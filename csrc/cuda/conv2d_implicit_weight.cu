@@ -1,6 +1,5 @@
-// The gradient of a convolution's weight as implicit GEMM on the tensor cores
-// (conv2d_grad_weight_tiles.cuh). The pixels are cut into parts, which sum side by side; then the
-// parts are added up (parts.cuh).
+// The gradient of a convolution's weight as implicit GEMM (conv2d_grad_weight_tiles.cuh). The
+// pixels are cut into parts, which sum side by side; then the parts are added up (parts.cuh).
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -22,17 +21,17 @@ struct AddParts {
   int64_t padded;
   Divider channels, S, R;
   int64_t stride_o, stride_c, stride_r, stride_s;
-  const float* sums;
+  const at::opmath_type<scalar_t>* sums;
   scalar_t* grad_weight;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
     // Each split leaves the remainder in place of what it divides.
     int64_t c = i;
     int64_t s = channels.split(c);
-    const float* const first = sums + s * padded + c;
+    const auto* const first = sums + s * padded + c;
     int64_t r = S.split(s);
     const int64_t o = R.split(r);
-    float sum = first[0];
+    at::opmath_type<scalar_t> sum = first[0];
     for (int64_t part = 1; part < parts.count; ++part) sum += first[part * parts.step];
     grad_weight[o * stride_o + c * stride_c + r * stride_r + s * stride_s] =
         static_cast<scalar_t>(sum);
@@ -43,10 +42,9 @@ constexpr int64_t kPartMultiple = 64;
 
 // How the pixels of a call are cut. It depends on the shapes and layouts alone, and so does the
 // order of every sum.
-int64_t pixels_of_part(const Conv2dGeometry& g, int64_t pixels, int64_t sums) {
+int64_t pixels_of_part(const Conv2dGeometry& g, int64_t pixels, int64_t bytes_of_sums) {
   constexpr int64_t kLeastPixels = 256;
-  const int64_t most =
-      std::min(ceil_div(pixels, kLeastPixels), kWorkspaceBytes / (sums * int64_t(sizeof(float))));
+  const int64_t most = std::min(ceil_div(pixels, kLeastPixels), kWorkspaceBytes / bytes_of_sums);
   const int64_t large_tiles =
       g.groups * tiles_of(g.outputs_per_group(), 128) * tiles_of(g.column_rows(), 128);
   const int64_t parts = std::max<int64_t>(1, std::min(kEnoughTiles / large_tiles, most));
@@ -69,12 +67,12 @@ struct GradWeightCall {
     using Tiles = GradWeightTiles<scalar_t, kOutputs, kColumns, copies, Multiply>;
     static_assert(kPartMultiple % Tiles::kPixels == 0);
     Tiles tiles;
-    tiles.conv = tensor_core_conv2d<scalar_t>(g, images);
+    tiles.conv = tile_conv2d<scalar_t>(g, images);
     tiles.conv.C = static_cast<int>(channels);
     tiles.grad_output = grad.memory.const_data_ptr<scalar_t>();
     tiles.grad_pixel = grad.col;
     tiles.grad_group = grad.group;
-    tiles.sums = sums.mutable_data_ptr<float>();
+    tiles.sums = sums.mutable_data_ptr<at::opmath_type<scalar_t>>();
     tiles.adds = adds;
     tiles.part_pixels = part_pixels;
     if constexpr (copies == Copies::boxes) {
@@ -86,6 +84,17 @@ struct GradWeightCall {
     for_each_tile(tiles);
   }
 };
+
+// By products of warps, or of threads. Of float64 the largest tiles would take all registers.
+template <class scalar_t, template <class, int, int> class Multiply>
+void launch_by_size(const GradWeightCall& call, Copies copies, bool large) {
+  using enum Copies;
+  if (copies == gathered) return call.launch<scalar_t, 64, 64, gathered, Multiply>();
+  if constexpr (sizeof(scalar_t) < 8) {
+    if (large) return call.launch<scalar_t, 128, 128, chunks, Multiply>();
+  }
+  call.launch<scalar_t, 64, 64, chunks, Multiply>();
+}
 
 void launch_grad_weight(const GradWeightCall& call, Copies copies) {
   const Conv2dGeometry& g = call.g;
@@ -101,9 +110,10 @@ void launch_grad_weight(const GradWeightCall& call, Copies copies) {
         return call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
       }
     }
-    if (copies == gathered) return call.launch<scalar_t, 64, 64, gathered>();
-    if (wide && many) return call.launch<scalar_t, 128, 128, chunks>();
-    return call.launch<scalar_t, 64, 64, chunks>();
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, copies, wide && many);
+    }
+    launch_by_size<scalar_t, WarpProducts>(call, copies, wide && many);
   });
 }
 
@@ -131,23 +141,25 @@ void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output
   const int64_t channels =
       copies == Copies::boxes ? whole_boxes(images.channels(), input) : images.channels();
   const int64_t count = g.O * g.R * g.S * channels;
-  const int64_t part_pixels = pixels_of_part(g, at_a_time * g.output_pixels(), count);
+  const at::ScalarType sum_type = at::toOpMathType(input.scalar_type());
+  const int64_t part_pixels = pixels_of_part(g, at_a_time * g.output_pixels(),
+                                             count * static_cast<int64_t>(elementSize(sum_type)));
   const int64_t parts = ceil_div(at_a_time * g.output_pixels(), part_pixels);
-  const at::Tensor sums = at::empty({parts, count}, grad_weight.options().dtype(at::kFloat));
+  const at::Tensor sums = at::empty({parts, count}, grad_weight.options().dtype(sum_type));
   for (int64_t n = 0; n < g.N; n += at_a_time) {
     const int64_t some = std::min(at_a_time, g.N - n);
     launch_grad_weight(
         {g, images.read(n, some), grads.read(n, some), channels, part_pixels, n > 0, sums}, copies);
   }
-  const Parts left = add_shares(sums.mutable_data_ptr<float>(), parts, count);
   with_dtype(input, [&](auto zero) {
     using scalar_t = decltype(zero);
-    for_each(
-        grad_weight.numel(),
-        AddParts<scalar_t>{left, channels, Divider(g.channels_per_group()), Divider(g.S),
-                           Divider(g.R), grad_weight.stride(0), grad_weight.stride(1),
-                           grad_weight.stride(2), grad_weight.stride(3),
-                           sums.const_data_ptr<float>(), grad_weight.mutable_data_ptr<scalar_t>()});
+    auto* const first = sums.mutable_data_ptr<at::opmath_type<scalar_t>>();
+    const Parts left = add_shares(first, parts, count);
+    for_each(grad_weight.numel(),
+             AddParts<scalar_t>{left, channels, Divider(g.channels_per_group()), Divider(g.S),
+                                Divider(g.R), grad_weight.stride(0), grad_weight.stride(1),
+                                grad_weight.stride(2), grad_weight.stride(3), first,
+                                grad_weight.mutable_data_ptr<scalar_t>()});
   });
 }
 

@@ -5,7 +5,7 @@
 #include <variant>
 
 #include "cuda/boxes.h"
-#include "cuda/tensor_cores.cuh"
+#include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
 
@@ -18,8 +18,8 @@ struct OutputPlace {
 };
 
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
-// kOutputs. Multiply is WarpProducts or GroupProducts, which alone read boxes: then conv.C counts
-// whole boxes of channels.
+// kOutputs. Multiply is WarpProducts, ThreadProducts or GroupProducts, which alone read boxes: then
+// conv.C counts whole boxes of channels.
 template <class scalar_t, int kPixels, int kOutputs, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
 struct Conv2dTiles : Tile<scalar_t> {
@@ -39,7 +39,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     BoxMap pixels, weights;  // planes of weights are the kernel's cells
   };
 
-  TensorCoreConv2d<scalar_t> conv;
+  TileConv2d<scalar_t> conv;
   const scalar_t* weight;  // (groups, O, weight_row)
   int weight_row;          // K, filled up to whole chunks with zeros
   const scalar_t* bias;    // or null
@@ -57,8 +57,11 @@ struct Conv2dTiles : Tile<scalar_t> {
     Window<scalar_t> rows[kPixelRows];
   };
 
+  // One chunk of eight rows (what products of warps take) or, of float64, two of four rows lie in
+  // different banks.
   DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* tile, int row, int chunk) {
-    return tile + row * T::kRowBytes + (chunk ^ (row & 7)) * 16;
+    const int place = sizeof(scalar_t) == 8 ? row * 2 & 7 : row & 7;
+    return tile + row * T::kRowBytes + (chunk ^ place) * 16;
   }
 
   // A thread's part of stage `step`: one chunk of some rows of both tiles.
@@ -100,33 +103,6 @@ struct Conv2dTiles : Tile<scalar_t> {
                     group * conv.O + first_output);
   }
 
-  // The products of one stage that a warp has to add.
-  template <class Block, class F, class S>
-  DLOPS_DEVICE static void multiply_warp(Block& block, int warp, unsigned char* tile, F& fragments,
-                                         S& sums) {
-    const int pixel = Products::first_row(warp);
-    const int output = kPixels + Products::first_column(warp);
-    DLOPS_UNROLL
-    for (int step = 0; step < T::kChunks / 2; ++step) {
-      DLOPS_UNROLL
-      for (int m = 0; m < M; ++m)
-        block.load_matrices(
-            warp, [&](int thread) { return fragments[thread].a[m]; },
-            [&](int lane) {
-              return chunk_at(tile, pixel + m * 16 + lane % 16, step * 2 + lane / 16);
-            });
-      DLOPS_UNROLL
-      for (int n = 0; n < N; n += 2)
-        block.load_matrices(
-            warp, [&](int thread) { return &fragments[thread].b[n][0]; },
-            [&](int lane) {
-              return chunk_at(tile, output + n * 8 + lane / 16 * 8 + lane % 8,
-                              step * 2 + lane / 8 % 2);
-            });
-      Products::add(block, warp, fragments, sums);
-    }
-  }
-
   template <class Block, class F, class S>
   DLOPS_DEVICE static void multiply(Block& block, unsigned char* tile, F& fragments, S& sums) {
     if constexpr (Products::kByGroups) {
@@ -138,7 +114,14 @@ struct Conv2dTiles : Tile<scalar_t> {
                                           tile + kPixels * T::kRowBytes + bytes);
       });
     } else {
-      block.warps([&](int warp) { multiply_warp(block, warp, tile, fragments, sums); });
+      block.warps([&](int warp) {
+        const int pixel = Products::first_row(warp);
+        const int output = kPixels + Products::first_column(warp);
+        Products::multiply_rows(
+            block, warp, [&](int row, int chunk) { return chunk_at(tile, pixel + row, chunk); },
+            [&](int row, int chunk) { return chunk_at(tile, output + row, chunk); }, fragments,
+            sums);
+      });
     }
   }
 
@@ -151,11 +134,11 @@ struct Conv2dTiles : Tile<scalar_t> {
     DLOPS_UNROLL
     for (int i = 0; i < M * 2; ++i)
       to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
-    sums.for_each(lane, [&](int which, int, int column, float sum) {
+    sums.for_each(lane, [&](int which, int, int column, typename T::sum_t sum) {
       const int o = first_output + Products::first_column(warp) + column;
       if (to[which] < 0 || o >= conv.O) return;
       const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
-      if (bias != nullptr) sum += static_cast<float>(bias[channel]);
+      if (bias != nullptr) sum += static_cast<typename T::sum_t>(bias[channel]);
       output[to[which] + channel * place.channel] = static_cast<scalar_t>(sum);
     });
   }

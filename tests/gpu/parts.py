@@ -42,9 +42,16 @@ def prepare(part: str) -> None:
     """Sets what the part goes by, for the whole process."""
     if part in WAYS:
         os.environ["DLOPS_CUDA_CONV2D"] = part
-    tf32 = part in WAYS[1:]
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = part in WAYS[1:]
+
+
+def numbers(part: str) -> list[tuple[str, torch.dtype]]:
+    """The precision of float32's products (torch.set_float32_matmul_precision), and dtypes."""
+    precision = "high" if part in WAYS[1:] else "highest"
+    chosen = [(precision, torch.bfloat16), (precision, torch.float32)]
+    if part == "implicit_gemm":
+        chosen += [("highest", torch.float32), ("highest", torch.float64)]
+    return chosen
 
 
 def problems(part: str, fill: Fill = normal) -> list[Problem]:

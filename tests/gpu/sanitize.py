@@ -10,7 +10,7 @@ import sys
 import torch
 from cases import LAYOUTS
 from checks import cast, values_and_gradients
-from parts import PARTS, prepare, problems
+from parts import PARTS, numbers, prepare, problems
 from problems import Problem
 from test_implicit_gemm import DEVICE, on_device
 
@@ -26,9 +26,12 @@ def main() -> None:
     for part in sys.argv[1:] or PARTS:
         prepare(part)
         for problem in problems(part):
-            run(problem, torch.bfloat16, "contiguous")
-            if part != "implicit_gemm_wgmma":  # of float32 wgmma multiplies what boxes bring alone
-                run(problem, torch.float32, "channels_last")
+            for precision, dtype in numbers(part):
+                # Of float32 wgmma multiplies what boxes bring alone.
+                if part == "implicit_gemm_wgmma" and dtype == torch.float32:
+                    continue
+                torch.set_float32_matmul_precision(precision)
+                run(problem, dtype, "channels_last" if dtype == torch.float32 else "contiguous")
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         print(f"sanitize: {part} done", flush=True)

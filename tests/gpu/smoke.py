@@ -13,7 +13,7 @@ import sys
 import torch
 from cases import LAYOUTS
 from checks import cast, check_against_native, normal, small_integers
-from parts import PARTS, WAYS, prepare, problems
+from parts import PARTS, WAYS, numbers, prepare, problems
 from problems import Problem
 from test_implicit_gemm import DEVICE, check_rounded_once, on_device
 
@@ -48,8 +48,10 @@ def main() -> int:
         chosen = [by_name[name] for name in CHOSEN[part]]
     failed = 0
     for problem in chosen:
-        for dtype in (torch.bfloat16, torch.float32):
-            print(problem.id, str(dtype).removeprefix("torch."), end=" ... ", flush=True)
+        for precision, dtype in numbers(part):
+            torch.set_float32_matmul_precision(precision)
+            name = str(dtype).removeprefix("torch.")
+            print(problem.id, name, precision, end=" ... ", flush=True)
             try:
                 check(part, problem, dtype)
                 if DEVICE == "cuda":

@@ -1,6 +1,6 @@
 """Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma or
-implicit_gemm_tma: implicit GEMM on the tensor cores and depthwise kernels, exact on small integers
-wherever tiles end, and as near to the truth as native.
+implicit_gemm_tma: implicit GEMM, on the tensor cores or with all digits of float32, and depthwise
+kernels, exact on small integers wherever tiles end, and as near to the truth as native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
 """
@@ -44,6 +44,10 @@ DTYPES = [*LOW_PRECISION, torch.float32]
 dtypes = parametrize("dtype", DTYPES, ids=ids)
 # The two of low precision share every line but an instruction, which the host has not.
 different = parametrize("dtype", DTYPES if DEVICE == "cuda" else DTYPES[::2], ids=ids)
+# Products of threads, and the tensor cores' of float64.
+all_digits = parametrize("dtype", [torch.float32, torch.float64], ids=ids)
+ANY_SHAPE = [("high", dtype) for dtype in (DTYPES if DEVICE == "cuda" else DTYPES[::2])]
+ANY_SHAPE += [("highest", torch.float32), ("highest", torch.float64)]
 different_low = parametrize("dtype", LOW_PRECISION[: 2 if DEVICE == "cuda" else 1], ids=ids)
 
 
@@ -212,11 +216,25 @@ def test_boxes_of_tf32_are_exact_on_small_integers(
 
 
 @pytest.mark.exact
-@different
+@all_digits
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("case", TILES, ids=ids)
+def test_all_digits_are_exact_on_small_integers(
+    case: Conv2dCase, layout: str, dtype: torch.dtype
+) -> None:
+    torch.set_float32_matmul_precision("highest")
+    test_exact_on_small_integers(case, layout, dtype)
+
+
+@pytest.mark.exact
+@parametrize("precision, dtype", ANY_SHAPE, ids=ids)
 @parametrize("multiple", [1, 8])
 @settings(max_examples=40)
 @given(data=st.data())
-def test_exact_on_any_shape(multiple: int, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_exact_on_any_shape(
+    multiple: int, precision: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    torch.set_float32_matmul_precision(precision)
     case = data.draw(conv2d_cases(most_channels=20 // multiple, multiple=multiple))
     problem = conv2d(case, small_integers)
     check_rounded_once(problem, problem.inputs, dtype)
@@ -319,8 +337,8 @@ def test_hopper_gives_the_same_bits_on_every_run(
 
 
 @pytest.mark.native
-@parametrize("dtype", [torch.float32, torch.float64], ids=ids)
-@parametrize("case", [TILES[0], *DEPTHWISE], ids=ids)
+@all_digits
+@parametrize("case", [*TILES, *DEPTHWISE], ids=ids)
 def test_all_digits_where_they_are_asked_for(case: Conv2dCase, dtype: torch.dtype) -> None:
     torch.set_float32_matmul_precision("highest")
     problem = conv2d(case)
@@ -328,6 +346,42 @@ def test_all_digits_where_they_are_asked_for(case: Conv2dCase, dtype: torch.dtyp
     truth = values_and_gradients(problem.native, cast(inputs, torch.float64), dtype)
     for name, result in values_and_gradients(problem.ours, on_device(inputs)).items():
         assert error(result, truth[name]) < TOLERANCES[dtype].bound, name
+
+
+@pytest.mark.determinism
+@all_digits
+@parametrize("case", [TILES[2], BOXES[0]], ids=ids)
+def test_all_digits_have_the_same_bits_on_every_run(
+    case: Conv2dCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_float32_matmul_precision("highest")
+    problem = conv2d(case)
+    inputs = on_device(cast(problem.inputs, dtype))
+    results = [values_and_gradients(problem.ours, inputs) for _ in range(3)]
+    check_same_bits(results)
+    for way in ("wgmma", "tma"):  # which have no instructions for them
+        ask_for(way, monkeypatch)
+        check_same_bits([results[0], values_and_gradients(problem.ours, inputs)])
+
+
+@pytest.mark.special
+@all_digits
+def test_all_digits_without_a_column_matrix(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the gradient of the image an infinite weight meets the zeros around grad_output in tiles
+    alone: im2col has none."""
+    torch.set_float32_matmul_precision("highest")
+    weight = small_integers((8, 8, 3, 3), 2).abs() + 1
+    weight[0, 0, 0, 0] = float("inf")
+    finite = []
+    for way in ("implicit_gemm", "im2col"):
+        monkeypatch.setenv("DLOPS_CUDA_CONV2D", way)
+        image = leaves(on_device(cast([torch.ones(1, 8, 6, 6)], dtype)))[0]
+        output = F.conv2d(image, *on_device(cast([weight], dtype)))
+        (gradient,) = torch.autograd.grad(output, image, torch.ones_like(output))
+        finite.append(not gradient.isnan().any())
+    assert finite == [False, True]
 
 
 @pytest.mark.invalid

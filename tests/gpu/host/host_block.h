@@ -108,6 +108,18 @@ class Block {
 
   template <class scalar_t, class C, class A, class B>
   void multiply_add(int warp, const C& sums, const A& a_of, const B& b_of) const {
+    if constexpr (std::is_same_v<scalar_t, double>) {
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i)
+          for (int k = 0; k < 4; ++k)
+            sums(warp * 32 + lane)[i] += a_of(warp * 32 + lane / 4 * 4 + k)[i / 2] *
+                                         b_of(warp * 32 + (lane % 4 * 2 + i % 2) * 4 + k)[0];
+    } else {
+      multiply_add_floats<scalar_t>(warp, sums, a_of, b_of);
+    }
+  }
+  template <class scalar_t, class C, class A, class B>
+  void multiply_add_floats(int warp, const C& sums, const A& a_of, const B& b_of) const {
     constexpr int depth = 32 / sizeof(scalar_t), each = depth / 8;  // elements in four bytes
     float a[16][depth], b[8][depth];
     for (int lane = 0; lane < 32; ++lane) {

@@ -1,22 +1,22 @@
-// What tiles multiplied by the tensor cores have in common (16-bit numbers, or float32 as TF32):
-// the convolution as they see it, the positions that an index stands for, and a warp's share of the
-// sums.
+// What tiles have in common: the convolution as they see it, the positions that an index stands
+// for, and their stages.
 //
 // A tile's rows lie in shared memory as 128 bytes, in chunks of 16 whose places are permuted from
-// row to row, so that neither the copies nor the reads of eight rows meet in a bank. Several stages
-// of tiles arrive while one is multiplied.
+// row to row, so that neither the copies nor the reads of several rows meet in a bank. Several
+// stages of tiles arrive while one is multiplied (products.cuh).
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/block.cuh"
+#include "cuda/products.cuh"
 
 namespace dlops::cuda {
 
 // A convolution per group, small enough for 32-bit positions within an image, of images of any
 // strides. C and O are those of one group.
 template <class scalar_t>
-struct TensorCoreConv2d {
+struct TileConv2d {
   const scalar_t* input;
   int64_t image, group, channel, row, col;  // steps in memory, in elements
   int64_t images;
@@ -59,8 +59,7 @@ struct Window {
   int ih, iw;
 
   Window() = default;
-  DLOPS_DEVICE Window(const TensorCoreConv2d<scalar_t>& conv, int64_t pixel, int64_t end,
-                      int group) {
+  DLOPS_DEVICE Window(const TileConv2d<scalar_t>& conv, int64_t pixel, int64_t end, int group) {
     if (pixel >= end) {
       start = conv.input;
       ih = iw = -(1 << 30);  // outside, whatever the cell
@@ -72,7 +71,7 @@ struct Window {
     start = conv.input + at.n * conv.image + ih * conv.row + iw * conv.col + group * conv.group;
   }
   template <class Cell>
-  DLOPS_DEVICE bool inside(const TensorCoreConv2d<scalar_t>& conv, const Cell& cell) const {
+  DLOPS_DEVICE bool inside(const TileConv2d<scalar_t>& conv, const Cell& cell) const {
     return static_cast<unsigned>(ih + cell.dh) < static_cast<unsigned>(conv.H) &&
            static_cast<unsigned>(iw + cell.dw) < static_cast<unsigned>(conv.W);
   }
@@ -85,7 +84,7 @@ struct Cell {
   int64_t offset;
 
   template <class scalar_t>
-  DLOPS_DEVICE Cell(const TensorCoreConv2d<scalar_t>& conv, int k) {
+  DLOPS_DEVICE Cell(const TileConv2d<scalar_t>& conv, int k) {
     const int tap = k / conv.C, c = k - tap * conv.C;
     dh = tap / conv.S * conv.dilation_h;
     dw = tap % conv.S * conv.dilation_w;
@@ -100,7 +99,7 @@ struct alignas(16) Tap {
   int dh, dw, offset, unused;
 
   template <class scalar_t>
-  DLOPS_DEVICE Tap(const TensorCoreConv2d<scalar_t>& conv, int k) : dh(1 << 29), dw(0), offset(0) {
+  DLOPS_DEVICE Tap(const TileConv2d<scalar_t>& conv, int k) : dh(1 << 29), dw(0), offset(0) {
     if (k >= conv.column_rows()) return;  // outside, whatever the window
     const Cell cell(conv, k);
     dh = cell.dh;
@@ -111,7 +110,7 @@ struct alignas(16) Tap {
 
 // 16 bytes of a row of the column matrix: those cells of one window.
 template <class scalar_t>
-DLOPS_DEVICE void gather(unsigned char* chunk, const TensorCoreConv2d<scalar_t>& conv,
+DLOPS_DEVICE void gather(unsigned char* chunk, const TileConv2d<scalar_t>& conv,
                          const Window<scalar_t>& window, const Tap* taps) {
   constexpr int count = 16 / sizeof(scalar_t);
   struct alignas(16) Chunk {
@@ -127,88 +126,6 @@ DLOPS_DEVICE void gather(unsigned char* chunk, const TensorCoreConv2d<scalar_t>&
 // looked up among the taps and gathered one by one, in first layers; or by boxes (boxes.h), the
 // TMA's.
 enum class Copies { chunks, gathered, boxes };
-
-// Bytes, threads and stages of every tile.
-template <class scalar_t>
-struct Tile {
-  static constexpr int kThreads = 256, kWarps = kThreads / 32;
-  static constexpr int kBlocks = 2;  // side by side, so that one computes while the other waits
-  static constexpr int kRowBytes = 128, kChunks = kRowBytes / 16;  // of 16 bytes
-  static constexpr int kStages = 3;
-  static constexpr int kBarrierBytes = kStages * 8;
-  static constexpr int kChunk = 16 / sizeof(scalar_t);  // elements
-  static constexpr int kRow = kChunks * kChunk;
-};
-
-// The sums that a thread holds: M by N products of 16 x 8.
-template <int M, int N>
-struct ThreadSums {
-  float values[M][N][4];
-
-  // Calls f(which, row, column, sum) for each, rows and columns counted from the warp's first.
-  // `which` numbers the thread's rows, and is known to the compiler: what it indexes stays in
-  // registers.
-  template <class F>
-  DLOPS_DEVICE void for_each(int lane, const F& f) const {
-    DLOPS_UNROLL
-    for (int i = 0; i < M * N * 4; ++i) {
-      const int m = i / (N * 4), n = i / 4 % N, place = i % 4;
-      f(m * 2 + place / 2, m * 16 + place / 2 * 8 + lane / 4, n * 8 + lane % 4 * 2 + place % 2,
-        values[m][n][place]);
-    }
-  }
-};
-
-// The sums of a tile of rows x columns, shared out among the warps: each has 32 columns of some
-// rows, which it multiplies as products of 16 x 8.
-template <class scalar_t, int rows, int columns>
-struct WarpProducts {
-  static constexpr int kAcross = columns / 32, kRows = rows * kAcross / Tile<scalar_t>::kWarps;
-  static constexpr int M = kRows / 16, N = 4;
-  static constexpr bool kByGroups = false;
-  static_assert(M >= 1 && M * 16 * Tile<scalar_t>::kWarps == rows * kAcross);
-  DLOPS_DEVICE static int first_row(int warp) { return warp / kAcross * kRows; }
-  DLOPS_DEVICE static int first_column(int warp) { return warp % kAcross * 32; }
-
-  struct Fragments {
-    uint32_t a[M][4], b[N][2];
-  };
-  using Sums = ThreadSums<M, N>;
-
-  template <class Block, class F, class S>
-  DLOPS_DEVICE static void add(Block& block, int warp, F& fragments, S& sums) {
-    DLOPS_UNROLL
-    for (int i = 0; i < M * N; ++i) {
-      const int m = i / N, n = i % N;
-      block.template multiply_add<scalar_t>(
-          warp, [&](int thread) { return sums[thread].values[m][n]; },
-          [&](int thread) { return fragments[thread].a[m]; },
-          [&](int thread) { return fragments[thread].b[n]; });
-    }
-  }
-};
-
-// The same shared out among two groups of four warps (wgmma): each has half the rows, a warp 16 of
-// them, and every column.
-template <class scalar_t, int rows, int columns>
-struct GroupProducts {
-  static constexpr int M = 1, N = columns / 8;
-  static constexpr bool kByGroups = true;
-  static_assert(rows == 128 && Tile<scalar_t>::kThreads == 256);
-  DLOPS_DEVICE static int first_row(int warp) { return warp * 16; }
-  DLOPS_DEVICE static int first_column(int) { return 0; }
-
-  struct Fragments {};  // the factors stay in shared memory
-  using Sums = ThreadSums<M, N>;
-
-  // Starts a product of 32 bytes each.
-  template <bool transposed, class Block, class S>
-  DLOPS_DEVICE static void start(Block& block, int group, S& sums, const unsigned char* a,
-                                 const unsigned char* b, int leading = 0) {
-    block.template start_product<scalar_t, columns, transposed>(
-        group, [&](int thread) { return &sums[thread].values[0][0][0]; }, a, b, leading);
-  }
-};
 
 // The stages of a product, in their order: copy(step) starts to copy one, multiply(step) multiplies
 // it.
