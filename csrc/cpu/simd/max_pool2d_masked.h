@@ -1,5 +1,9 @@
 // Rows of planes with AVX-512: a masked load reads a row where it is, and has padding where the
 // image ends, so that no row is copied. For windows without gaps, one or two columns apart.
+//
+// Forward takes the best of each window's rows first, which the windows above and below share, and
+// then the best of these. The first of equal cells in a row, of the first of equal rows, is the
+// first of all, as is the last NaN of the last row that has one the last of all.
 #pragma once
 
 #include <immintrin.h>
@@ -19,8 +23,8 @@ namespace {
 constexpr int64_t kLargestMasked = 16;  // rows or columns of a window
 
 inline bool masked_rows(const Pool2dGeometry& g) {
-  return g.stride_w <= 2 && g.dilation_w == 1 && g.pad_w >= 0 && g.kernel_h <= kLargestMasked &&
-         g.kernel_w <= kLargestMasked;
+  return g.stride_w <= 2 && g.dilation_h == 1 && g.dilation_w == 1 && g.pad_w >= 0 &&
+         g.kernel_h <= kLargestMasked && g.kernel_w <= kLargestMasked;
 }
 
 // The lanes l for which 0 <= at + l < size, as bits.
@@ -74,6 +78,16 @@ class Columns {
       return load_inside<value_t>(from, inside_[i], other);
     }
   }
+  // Which cells of vector `i` are `id`: as bytes, which are masks at once.
+  C10_ALWAYS_INLINE __mmask16 equal(int64_t i, const uint8_t* cells, uint8_t id) const {
+    const __m128i ids = _mm_set1_epi8(static_cast<char>(id));
+    if constexpr (inside && lanes == 16) {
+      return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells)), ids);
+    } else {
+      const auto mask = static_cast<__mmask16>(inside ? 0xff : inside_[i]);
+      return _mm_mask_cmpeq_epi8_mask(mask, _mm_maskz_loadu_epi8(mask, cells), ids);
+    }
+  }
 
  private:
   uint16_t inside_[inside ? 1 : most];
@@ -97,45 +111,78 @@ struct MaskedRows {
     return as<Ids>(before > 0 ? before : before - before);
   }
 
+  // The best of some windows' rows, by input row modulo their number, in some planes.
+  template <int64_t planes>
+  struct BestOfRows {
+    Values best[planes][kLargestMasked];
+    Ids column[planes][kLargestMasked];
+  };
+
+  // The best of the windows from column `begin` of the image on, in input row ih of some planes.
+  template <int64_t stride, int64_t planes, int64_t width, class Columns>
+  C10_ALWAYS_INLINE static void visit_row(const Pool2dGeometry& g, const Columns& columns,
+                                          Ids first, const scalar_t* row, int64_t ih,
+                                          BestOfRows<planes>& rows) {
+    const int64_t kernel_w = width > 0 ? width : g.kernel_w;
+    const Values padding = fill<T, lanes>(lowest<T>());
+    Window windows[planes];
+    const auto visit = [&](int64_t p, int64_t j, Values values) {
+      if (j > 0) return windows[p].visit(0, values, fill<id_t, lanes>(static_cast<id_t>(j)));
+      windows[p].best[0] = values;
+      windows[p].cell[0] = first;
+    };
+    for (int64_t j = 0; j < kernel_w; j += stride) {
+      for (int64_t p = 0; p < planes; ++p) {
+        const scalar_t* from = row + p * g.H * g.W + j;
+        const Values a = columns.template load<T>(j, from, padding);
+        if constexpr (stride == 1) {
+          visit(p, j, a);
+        } else {
+          const Values b = columns.template load<T>(j + 1, from + lanes, padding);
+          visit(p, j, every_second<0, T, lanes>(a, b));
+          if (j + 1 < kernel_w) visit(p, j + 1, every_second<1, T, lanes>(a, b));
+        }
+      }
+    }
+    for (int64_t p = 0; p < planes; ++p) {
+      rows.best[p][ih % kLargestMasked] = windows[p].best[0];
+      rows.column[p][ih % kLargestMasked] = windows[p].cell[0];
+    }
+  }
+
   // The windows from column `ow` on, of rows [oh0, oh1) of some planes, which are independent of
   // each other: one alone would wait for its own comparisons. `inside`: all their columns are in
   // the image. `width`: of the kernel, 0 for any.
   template <int64_t stride, bool inside, int64_t planes, int64_t width>
   C10_NOINLINE static void forward(const Pool2dGeometry& g, const scalar_t* input, int64_t oh0,
                                    int64_t oh1, int64_t ow, scalar_t* output, uint8_t* cells) {
-    const int64_t begin = g.input_col(ow, 0), plane = g.H * g.W;
-    const int64_t kernel_w = width > 0 ? width : g.kernel_w;
+    const int64_t begin = g.input_col(ow, 0);
     Columns<inside, scalar_t, 2 * kLargestMasked> columns;
-    for (int64_t j = 0; j < kernel_w; j += stride)
+    for (int64_t j = 0; j < (width > 0 ? width : g.kernel_w); j += stride)
       for (int64_t v = 0; v < stride; ++v) columns.place(j + v, begin + j + v * lanes, g.W);
     const Ids first = columns_before<stride>(begin);
-    const Values padding = fill<T, lanes>(lowest<T>());
+    BestOfRows<planes> best;
+    int64_t next = 0;  // the first row that is still to be visited
     for (int64_t oh = oh0; oh < oh1; ++oh) {
       const Range rows = rows_inside(g, oh);
+      const int64_t ih = g.input_row(oh, 0);
+      next = std::max(next, ih + rows.begin);
+      for (; next < ih + rows.end; ++next)
+        visit_row<stride, planes, width>(g, columns, first, input + next * g.W + begin, next, best);
       Window windows[planes];
-      Ids cell = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(rows.begin, 0)));
-      for (auto& window : windows) window.cell[0] = cell + first;
-      const scalar_t* row = input + g.input_row(oh, rows.begin) * g.W + begin;
-      for (int64_t i = rows.begin; i < rows.end; ++i, row += g.dilation_h * g.W) {
-        Ids id = cell;
-        for (int64_t j = 0; j < kernel_w; j += stride) {
-          Values a[planes], b[planes];
-          for (int64_t p = 0; p < planes; ++p) {
-            const scalar_t* from = row + p * plane + j;
-            a[p] = columns.template load<T>(j, from, padding);
-            if constexpr (stride == 2)
-              b[p] = columns.template load<T>(j + 1, from + lanes, padding);
+      const Ids corner = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(rows.begin, 0)));
+      for (auto& window : windows) window.cell[0] = corner + first;  // of padding alone
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const Ids cell = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(i, 0)));
+        for (int64_t p = 0; p < planes; ++p) {
+          const int64_t at = (ih + i) % kLargestMasked;
+          if (i > rows.begin) {
+            windows[p].visit(0, best.best[p][at], cell + best.column[p][at]);
+          } else {
+            windows[p].best[0] = best.best[p][at];
+            windows[p].cell[0] = cell + best.column[p][at];
           }
-          for (int64_t p = 0; p < planes; ++p)
-            windows[p].visit(0, stride == 1 ? a[p] : every_second<0, T, lanes>(a[p], b[p]), id);
-          if (stride == 2 && j + 1 < kernel_w) {
-            id += 1;
-            for (int64_t p = 0; p < planes; ++p)
-              windows[p].visit(0, every_second<1, T, lanes>(a[p], b[p]), id);
-          }
-          id += 1;
         }
-        cell += static_cast<id_t>(g.cell_step);
       }
       for (int64_t p = 0; p < planes; ++p) {
         const int64_t at = (p * g.OH + oh) * g.OW + ow;
@@ -147,7 +194,7 @@ struct MaskedRows {
   // An output row that holds the inputs of a row.
   struct Holding {
     int64_t row;
-    id_t first;  // the number of its first cell there
+    int64_t first;  // the number of its first cell there
   };
   static constexpr int64_t kRows = 8;
   struct HoldingRows {
@@ -179,18 +226,26 @@ struct MaskedRows {
         const uint8_t* cells = chosen + held.row * g.OW;
         for (int64_t e = 0; e < stride; ++e) {
           place(e, [&](int64_t j, int64_t at) {
-            const id_t id = held.first + static_cast<id_t>(j);
+            const uint8_t id = static_cast<uint8_t>(held.first + j);
             for (int64_t p = 0; p < planes; ++p) {
               const int64_t from = p * g.OH * g.OW + at;
               const Values grad = columns.template load<T>(j, grads + from, Values{});
-              const Ids cell = columns.template load<id_t>(j, cells + from, Ids{});
-              sums[p][e] += cell == id ? grad : Values{};
+              add(grad, columns.equal(j, cells + from, id), sums[p][e]);
             }
           });
         }
       }
       for (int64_t p = 0; p < planes; ++p)
         write<stride>(sums[p], writer, grad_input + (p * g.H + ih) * g.W + iw, g.W - iw);
+    }
+  }
+
+  // sum += grad in the lanes of `mine`.
+  C10_ALWAYS_INLINE static void add(Values grad, __mmask16 mine, Values& sum) {
+    if constexpr (std::is_same_v<T, double>) {
+      sum = _mm512_mask_add_pd(sum, static_cast<__mmask8>(mine), sum, grad);
+    } else {
+      sum = _mm512_mask_add_ps(sum, mine, sum, grad);
     }
   }
 
@@ -254,8 +309,7 @@ void max_pool2d_scatter_masked(const Pool2dGeometry& g, int64_t planes, int64_t 
       for (int64_t row = ih; row < end; ++row) {
         int64_t& count = holding.count[row - ih] = 0;
         for (Holders rows = rows_holding(g, row); rows.valid(); rows.next())
-          holding.of[row - ih][count++] = {
-              rows.output(), static_cast<typename Rows::id_t>(g.cell_number(rows.offset(), 0))};
+          holding.of[row - ih][count++] = {rows.output(), g.cell_number(rows.offset(), 0)};
       }
       for (int64_t iw = 0; iw < g.W; iw += columns) {
         // Of the output, columns from (iw - kernel_w) / stride on to (iw + pad_w) / stride + lanes.
