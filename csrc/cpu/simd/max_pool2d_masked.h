@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/max_pool2d.h"
@@ -25,6 +26,17 @@ constexpr int64_t kLargestMasked = 16;  // rows or columns of a window
 inline bool masked_rows(const Pool2dGeometry& g) {
   return g.stride_w <= 2 && g.dilation_h == 1 && g.dilation_w == 1 && g.pad_w >= 0 &&
          g.kernel_h <= kLargestMasked && g.kernel_w <= kLargestMasked;
+}
+
+template <int64_t value>
+using Constant = std::integral_constant<int64_t, value>;
+
+// Calls f(i) for 0 <= i < count, all known to the compiler: what they index stays in registers.
+template <int64_t count, class F>
+C10_ALWAYS_INLINE void unrolled(const F& f) {
+  [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) {
+    (f(Constant<i>()), ...);
+  }(std::make_integer_sequence<int64_t, count>());
 }
 
 // The lanes l for which 0 <= at + l < size, as bits.
@@ -101,6 +113,7 @@ struct MaskedRows {
   using Values = typename Window::Values;
   using Ids = typename Window::Ids;
   static constexpr int64_t lanes = Window::lanes;
+  static constexpr int64_t kRows = 8;
 
   // How many kernel columns lie before the image, for windows from column `begin` of it on.
   template <int64_t stride>
@@ -111,18 +124,18 @@ struct MaskedRows {
     return as<Ids>(before > 0 ? before : before - before);
   }
 
-  // The best of some windows' rows, by input row modulo their number, in some planes.
+  // The best of a row of some windows, in some planes.
   template <int64_t planes>
-  struct BestOfRows {
-    Values best[planes][kLargestMasked];
-    Ids column[planes][kLargestMasked];
+  struct BestOfRow {
+    Values best[planes];
+    Ids column[planes];
   };
 
-  // The best of the windows from column `begin` of the image on, in input row ih of some planes.
+  // `first`: the first column in the image, of each window.
   template <int64_t stride, int64_t planes, int64_t width, class Columns>
-  C10_ALWAYS_INLINE static void visit_row(const Pool2dGeometry& g, const Columns& columns,
-                                          Ids first, const scalar_t* row, int64_t ih,
-                                          BestOfRows<planes>& rows) {
+  C10_ALWAYS_INLINE static BestOfRow<planes> visit_row(const Pool2dGeometry& g,
+                                                       const Columns& columns, Ids first,
+                                                       const scalar_t* row) {
     const int64_t kernel_w = width > 0 ? width : g.kernel_w;
     const Values padding = fill<T, lanes>(lowest<T>());
     Window windows[planes];
@@ -131,6 +144,9 @@ struct MaskedRows {
       windows[p].best[0] = values;
       windows[p].cell[0] = first;
     };
+    for (int64_t p = 0; p < planes; ++p)
+      for (int64_t v = 0; v < stride; ++v)
+        __builtin_prefetch(row + p * g.H * g.W + kRows * stride * g.W + v * lanes);
     for (int64_t j = 0; j < kernel_w; j += stride) {
       for (int64_t p = 0; p < planes; ++p) {
         const scalar_t* from = row + p * g.H * g.W + j;
@@ -144,10 +160,12 @@ struct MaskedRows {
         }
       }
     }
+    BestOfRow<planes> result;
     for (int64_t p = 0; p < planes; ++p) {
-      rows.best[p][ih % kLargestMasked] = windows[p].best[0];
-      rows.column[p][ih % kLargestMasked] = windows[p].cell[0];
+      result.best[p] = windows[p].best[0];
+      result.column[p] = windows[p].cell[0];
     }
+    return result;
   }
 
   // The windows from column `ow` on, of rows [oh0, oh1) of some planes, which are independent of
@@ -161,33 +179,26 @@ struct MaskedRows {
     for (int64_t j = 0; j < (width > 0 ? width : g.kernel_w); j += stride)
       for (int64_t v = 0; v < stride; ++v) columns.place(j + v, begin + j + v * lanes, g.W);
     const Ids first = columns_before<stride>(begin);
-    BestOfRows<planes> best;
+    BestOfRow<planes> kept[kLargestMasked];  // by input row modulo their number
+    const auto place = [](int64_t ih) { return static_cast<uint64_t>(ih) % kLargestMasked; };
     int64_t next = 0;  // the first row that is still to be visited
     for (int64_t oh = oh0; oh < oh1; ++oh) {
       const Range rows = rows_inside(g, oh);
       const int64_t ih = g.input_row(oh, 0);
-      next = std::max(next, ih + rows.begin);
-      for (; next < ih + rows.end; ++next)
-        visit_row<stride, planes, width>(g, columns, first, input + next * g.W + begin, next, best);
+      for (next = std::max(next, ih + rows.begin); next < ih + rows.end; ++next)
+        kept[place(next)] =
+            visit_row<stride, planes, width>(g, columns, first, input + next * g.W + begin);
       Window windows[planes];
-      const Ids corner = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(rows.begin, 0)));
-      for (auto& window : windows) window.cell[0] = corner + first;  // of padding alone
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const Ids cell = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(i, 0)));
-        for (int64_t p = 0; p < planes; ++p) {
-          const int64_t at = (ih + i) % kLargestMasked;
-          if (i > rows.begin) {
-            windows[p].visit(0, best.best[p][at], cell + best.column[p][at]);
-          } else {
-            windows[p].best[0] = best.best[p][at];
-            windows[p].cell[0] = cell + best.column[p][at];
-          }
-        }
+      Ids cell = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(rows.begin, 0)));
+      unrolled<planes>([&](auto p) { windows[p].cell[0] = cell + first; });
+      for (int64_t i = rows.begin; i < rows.end; ++i, cell += static_cast<id_t>(g.cell_step)) {
+        const BestOfRow<planes>& row = kept[place(ih + i)];
+        unrolled<planes>([&](auto p) { windows[p].visit(0, row.best[p], cell + row.column[p]); });
       }
-      for (int64_t p = 0; p < planes; ++p) {
+      unrolled<planes>([&](auto p) {
         const int64_t at = (p * g.OH + oh) * g.OW + ow;
         windows[p].store(output + at, cells == nullptr ? nullptr : cells + at, g.OW - ow);
-      }
+      });
     }
   }
 
@@ -196,7 +207,6 @@ struct MaskedRows {
     int64_t row;
     int64_t first;  // the number of its first cell there
   };
-  static constexpr int64_t kRows = 8;
   struct HoldingRows {
     int64_t count[kRows];
     Holding of[kRows][kLargestMasked];
@@ -224,19 +234,27 @@ struct MaskedRows {
         const Holding& held = holding.of[ih - ih0][r];
         const scalar_t* grads = grad_output + held.row * g.OW;
         const uint8_t* cells = chosen + held.row * g.OW;
-        for (int64_t e = 0; e < stride; ++e) {
+        if (r == 0) {
+          for (int64_t p = 0; p < planes; ++p) {
+            const int64_t ahead = (p * g.OH + kRows) * g.OW + y;
+            __builtin_prefetch(grads + ahead);
+            __builtin_prefetch(cells + ahead);
+          }
+        }
+        unrolled<stride>([&](auto e) {
           place(e, [&](int64_t j, int64_t at) {
             const uint8_t id = static_cast<uint8_t>(held.first + j);
-            for (int64_t p = 0; p < planes; ++p) {
+            unrolled<planes>([&](auto p) {
               const int64_t from = p * g.OH * g.OW + at;
               const Values grad = columns.template load<T>(j, grads + from, Values{});
               add(grad, columns.equal(j, cells + from, id), sums[p][e]);
-            }
+            });
           });
-        }
+        });
       }
-      for (int64_t p = 0; p < planes; ++p)
+      unrolled<planes>([&](auto p) {
         write<stride>(sums[p], writer, grad_input + (p * g.H + ih) * g.W + iw, g.W - iw);
+      });
     }
   }
 
@@ -261,9 +279,6 @@ struct MaskedRows {
     }
   }
 };
-
-template <int64_t value>
-using Constant = std::integral_constant<int64_t, value>;
 
 // Calls f(first plane, how many, the kernel's width or 0), these two as constants, for all planes.
 template <class F>
