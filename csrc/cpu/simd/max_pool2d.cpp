@@ -9,6 +9,7 @@
 #include "cpu/simd/lanes.h"
 #if DLOPS_CAPABILITY == 2
 #include "cpu/simd/max_pool2d_masked.h"
+#include "cpu/simd/max_pool2d_scatter_masked.h"
 #endif
 #include "cpu/simd/phased_rows.h"
 #include "cpu/simd/pool_ranges.h"

@@ -1,0 +1,113 @@
+// Rows of planes with AVX-512: a masked load reads a row where it is, and has nothing where the
+// image ends, so that no row is copied. For windows without gaps, one or two columns apart.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/pool_windows.h"
+#include "max_pool2d_math.h"
+
+namespace dlops::cpu {
+namespace {
+
+constexpr int64_t kLargestMasked = 16;  // rows or columns of a window
+
+inline bool masked_rows(const Pool2dGeometry& g) {
+  return g.stride_w <= 2 && g.dilation_h == 1 && g.dilation_w == 1 && g.pad_w >= 0 &&
+         g.kernel_h <= kLargestMasked && g.kernel_w <= kLargestMasked;
+}
+
+template <int64_t value>
+using Constant = std::integral_constant<int64_t, value>;
+
+// Calls f(i) for 0 <= i < count, all known to the compiler: what they index stays in registers.
+template <int64_t count, class F>
+C10_ALWAYS_INLINE void unrolled(const F& f) {
+  [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) {
+    (f(Constant<i>()), ...);
+  }(std::make_integer_sequence<int64_t, count>());
+}
+
+// The lanes l for which 0 <= at + l < size, as bits.
+template <int64_t lanes>
+C10_ALWAYS_INLINE uint32_t lanes_inside(int64_t at, int64_t size) {
+  const auto below = [](int64_t end) {
+    return static_cast<uint32_t>((uint64_t(1) << std::clamp<int64_t>(end, 0, lanes)) - 1);
+  };
+  return below(size - at) & ~below(-at);
+}
+
+// The elements at `from` as T in the lanes of `inside`, `other` in the rest.
+template <class T, class from_t, class V = Vector<T, 64 / sizeof(T)>>
+C10_ALWAYS_INLINE V load_inside(const from_t* from, uint32_t inside, V other) {
+  const auto mask = static_cast<__mmask16>(inside);
+  if constexpr (std::is_same_v<from_t, double>) {
+    return as<V>(_mm512_mask_loadu_pd(as<__m512d>(other), static_cast<__mmask8>(mask), from));
+  } else if constexpr (std::is_same_v<from_t, float>) {
+    return as<V>(_mm512_mask_loadu_ps(as<__m512>(other), mask, from));
+  } else if constexpr (std::is_same_v<from_t, c10::BFloat16>) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return as<V>(_mm512_mask_slli_epi32(as<__m512i>(other), mask, wide, 16));
+  } else if constexpr (std::is_same_v<from_t, c10::Half>) {
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, from);
+    return as<V>(_mm512_mask_cvtph_ps(as<__m512>(other), mask, halves));
+  } else if constexpr (sizeof(T) == 4) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(mask, from);
+    return as<V>(_mm512_mask_cvtepu8_epi32(as<__m512i>(other), mask, bytes));
+  } else {
+    const __m128i bytes = _mm_maskz_loadu_epi8(mask, from);
+    return as<V>(_mm512_mask_cvtepu8_epi64(as<__m512i>(other), static_cast<__mmask8>(mask), bytes));
+  }
+}
+
+// A row's elements at the columns of some vectors, found anew in each of several rows.
+template <bool inside, class scalar_t, int64_t most>
+class Columns {
+ public:
+  static constexpr int64_t lanes = kLanes<scalar_t, uint8_t>;
+  // Vector `i` begins at column `at` of rows of `size`.
+  C10_ALWAYS_INLINE void place(int64_t i, int64_t at, int64_t size) {
+    if constexpr (!inside) inside_[i] = static_cast<uint16_t>(lanes_inside<lanes>(at, size));
+  }
+  // Vector `i` of a row, which begins at `from`; `other` is outside.
+  template <class value_t, class from_t>
+  C10_ALWAYS_INLINE Vector<value_t, lanes> load(int64_t i, const from_t* from,
+                                                Vector<value_t, lanes> other) const {
+    if constexpr (inside) {
+      return cpu::load<value_t, lanes>(from);
+    } else {
+      return load_inside<value_t>(from, inside_[i], other);
+    }
+  }
+  // Which cells of vector `i` are `id`: as bytes, which are masks at once.
+  C10_ALWAYS_INLINE __mmask16 equal(int64_t i, const uint8_t* cells, uint8_t id) const {
+    const __m128i ids = _mm_set1_epi8(static_cast<char>(id));
+    if constexpr (inside && lanes == 16) {
+      return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells)), ids);
+    } else {
+      const auto mask = static_cast<__mmask16>(inside ? 0xff : inside_[i]);
+      return _mm_mask_cmpeq_epi8_mask(mask, _mm_maskz_loadu_epi8(mask, cells), ids);
+    }
+  }
+
+ private:
+  uint16_t inside_[inside ? 1 : most];
+};
+
+// Calls f(first plane, how many, the kernel's width or 0), these two as constants, for all planes.
+template <class F>
+void for_each_pair(const Pool2dGeometry& g, int64_t planes, const F& f) {
+  int64_t p = 0;
+  for (; p + 2 <= planes; p += 2)
+    g.kernel_w == 3 ? f(p, Constant<2>(), Constant<3>()) : f(p, Constant<2>(), Constant<0>());
+  if (p < planes) f(p, Constant<1>(), Constant<0>());
+}
+
+}  // namespace
+}  // namespace dlops::cpu
