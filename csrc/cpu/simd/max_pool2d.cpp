@@ -34,43 +34,62 @@ void for_each_block(int64_t count, const F& f) {
   for (; at < count; at += lanes) f(at, std::integral_constant<int64_t, 1>());
 }
 
-// Working memory of the contiguous kernels, cut from one buffer.
+// Working memory of the contiguous forward, cut from one buffer: the best of the last few input
+// rows, for each window.
 template <class scalar_t, class cell_t>
 struct Workspace {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
-  int64_t slots;           // input rows that are kept phased
-  value_t* rows;           // those rows
-  int64_t* held;           // which input row each of them is
-  const value_t** window;  // the rows of the current windows, by kernel row
-  int64_t* offsets;        // where a phased row begins for each kernel column
-  id_t* first;             // the first kernel column in the image, for each output column
+  static constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
+  int64_t slots, width;
+  value_t* phased;   // the row that is being visited
+  value_t* best;     // of the rows that are kept,
+  id_t* column;      // and the kernel column where it is
+  int64_t* held;     // which input row is in each slot
+  int64_t* window;   // where the rows of the current windows are, by kernel row
+  int64_t* offsets;  // where a phased row begins for each kernel column
+  id_t* first;       // the first kernel column in the image, for each output column
 
-  Workspace(const Pool2dGeometry& g, const PhasedRows& phased, void* scratch)
+  Workspace(const Pool2dGeometry& g, const PhasedRows& rows, void* scratch)
       : slots(std::min(g.H, g.dilation_h * (g.kernel_h - 1) + 1)),
-        rows(static_cast<value_t*>(scratch)),
-        held(reinterpret_cast<int64_t*>(rows + aligned(slots * phased.size()))),
-        window(reinterpret_cast<const value_t**>(held + aligned(slots))),
-        offsets(reinterpret_cast<int64_t*>(window + aligned(g.kernel_h))),
+        width(aligned(g.OW + kRowSlack)),
+        phased(static_cast<value_t*>(scratch)),
+        best(phased + aligned(rows.size())),
+        column(reinterpret_cast<id_t*>(best + slots * width)),
+        held(reinterpret_cast<int64_t*>(column + slots * width)),
+        window(held + aligned(slots)),
+        offsets(window + aligned(g.kernel_h)),
         first(reinterpret_cast<id_t*>(offsets + aligned(g.kernel_w))) {}
-  void prepare(const Pool2dGeometry& g, const PhasedRows& phased) const {
-    std::fill_n(rows, slots * phased.size(), lowest<value_t>());  // the padding
-    for (int64_t s = 0; s < g.kernel_w; ++s) offsets[s] = phased.offset(s);
+  void prepare(const Pool2dGeometry& g, const PhasedRows& rows) const {
+    std::fill_n(phased, rows.size(), lowest<value_t>());  // the padding
+    for (int64_t s = 0; s < g.kernel_w; ++s) offsets[s] = rows.offset(s);
     for (int64_t ow = 0; ow < g.OW; ++ow)
       first[ow] = static_cast<id_t>(columns_inside(g, ow).begin);
   }
-  // Input row ih of a plane, phased.
-  const value_t* keep(const Pool2dGeometry& g, const PhasedRows& phased, int64_t ih,
-                      const scalar_t* plane) const {
-    const int64_t slot = ih - quotient(ih, slots) * slots;
-    value_t* row = rows + slot * phased.size();
-    if (held[slot] != ih) phased.split(plane + ih * g.W, row);
+  // Where the best of input row ih of a plane are.
+  int64_t keep(const Pool2dGeometry& g, const PhasedRows& rows, int64_t ih,
+               const scalar_t* plane) const {
+    const int64_t slot = ih - quotient(ih, slots) * slots, at = slot * width;
+    if (held[slot] == ih) return at;
     held[slot] = ih;
-    return row;
+    rows.split(plane + ih * g.W, phased);
+    for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
+      Windows<scalar_t, cell_t, blocks> windows;
+      for (int64_t b = 0; b < blocks; ++b)
+        windows.start(b, load<value_t, lanes>(phased + offsets[0] + ow + b * lanes),
+                      load<id_t, lanes>(first + ow + b * lanes));
+      for (int64_t s = 1; s < g.kernel_w; ++s)
+        windows.visit(phased + offsets[s] + ow, lanes, static_cast<id_t>(s));
+      for (int64_t b = 0; b < blocks; ++b) {
+        store_part<lanes>(windows.best[b], best + at + ow + b * lanes, lanes);
+        store_part<lanes>(windows.cell[b], column + at + ow + b * lanes, lanes);
+      }
+    });
+    return at;
   }
   static int64_t bytes(const Pool2dGeometry& g) {
     const Workspace none(g, PhasedRows(horizontal(g)), nullptr);
-    return reinterpret_cast<intptr_t>(none.first + aligned(g.OW + kRowSlack));
+    return reinterpret_cast<intptr_t>(none.first + none.width);
   }
   static int64_t aligned(int64_t count) { return (count + 63) / 64 * 64; }
 };
@@ -131,20 +150,22 @@ struct ScatterWorkspace {
 // The windows of one output row, of which the kernel rows of `r` lie in the image. `room`: elements
 // from the row's first one on that may be written.
 template <class scalar_t, class cell_t>
-void phased_windows(const Pool2dGeometry& g, const Workspace<scalar_t, cell_t>& work, Range r,
+void row_of_windows(const Pool2dGeometry& g, const Workspace<scalar_t, cell_t>& work, Range r,
                     scalar_t* output, cell_t* cells, int64_t room) {
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
-  const id_t base = static_cast<id_t>(g.cell_number(r.begin, 0));
   for_each_block<lanes>(g.OW, [&](int64_t ow, auto blocks) {
     Windows<scalar_t, cell_t, blocks> windows;
-    for (int64_t b = 0; b < blocks; ++b)
-      windows.cell[b] = load<id_t, lanes>(work.first + ow + b * lanes) + base;
+    const auto corner = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(r.begin, 0)));
+    for (int64_t b = 0; b < blocks; ++b)  // of padding alone
+      windows.cell[b] = corner + load<id_t, lanes>(work.first + ow + b * lanes);
     for (int64_t i = r.begin; i < r.end; ++i) {
-      const value_t* values = work.window[i] + ow;
-      for (int64_t s = 0; s < g.kernel_w; ++s)
-        windows.visit(values + work.offsets[s], lanes, static_cast<id_t>(g.cell_number(i, s)));
+      const int64_t at = work.window[i] + ow;
+      const auto row = fill<id_t, lanes>(static_cast<id_t>(g.cell_number(i, 0)));
+      for (int64_t b = 0; b < blocks; ++b)
+        windows.visit(b, load<value_t, lanes>(work.best + at + b * lanes),
+                      row + load<id_t, lanes>(work.column + at + b * lanes));
     }
     windows.store(output + ow, cells == nullptr ? nullptr : cells + ow, room - ow);
   });
@@ -231,7 +252,7 @@ void max_pool2d_rows(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int64
         work.window[i] = work.keep(g, phased, g.input_row(oh, i), input + p * g.H * g.W);
       // Lanes past the row's end are written, too: the next row comes after.
       const int64_t row = (p * g.OH + oh) * g.OW, end = ((planes - 1) * g.OH + oh1) * g.OW;
-      phased_windows(g, work, r, output + row, cells == nullptr ? nullptr : cells + row, end - row);
+      row_of_windows(g, work, r, output + row, cells == nullptr ? nullptr : cells + row, end - row);
     }
   }
 }

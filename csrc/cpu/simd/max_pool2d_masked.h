@@ -78,8 +78,7 @@ struct MaskedRows {
     Window windows[planes];
     const auto visit = [&](int64_t p, int64_t j, Values values) {
       if (j > 0) return windows[p].visit(0, values, fill<id_t, lanes>(static_cast<id_t>(j)));
-      windows[p].best[0] = values;
-      windows[p].cell[0] = first;
+      windows[p].start(0, values, first);
     };
     for (int64_t p = 0; p < planes; ++p)
       for (int64_t v = 0; v < stride; ++v)

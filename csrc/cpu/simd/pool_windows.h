@@ -43,6 +43,11 @@ struct Windows {
   Windows() {
     for (auto& value : best) value = fill<value_t, lanes>(lowest<value_t>());
   }
+  // The first cell of each, in place of `visit`.
+  void start(int64_t b, Values value, Ids id) {
+    best[b] = value;
+    cell[b] = id;
+  }
   // `count` values are there; any number where there is more than one block.
   template <class from_t>
   void visit(const from_t* values, int64_t count, id_t id) {
