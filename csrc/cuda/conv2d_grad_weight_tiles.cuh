@@ -6,31 +6,33 @@
 #include <variant>
 
 #include "cuda/boxes.h"
+#include "cuda/panels.cuh"
 #include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
+
+// Pixels of a stage.
+template <class scalar_t>
+constexpr int stage_pixels(Copies copies) {
+  return copies == Copies::boxes ? 64 : sizeof(scalar_t) == 8 ? 16 : 32;
+}
 
 // sums (parts, groups, O, K) = grad_output^T (O x pixels) x columns (pixels x K), where each part
 // adds up `part_pixels` pixels, by tiles of kOutputs x kColumns. grad_output's channels are
 // neighbours in memory. Multiply and conv.C are as in conv2d_tiles.cuh.
 template <class scalar_t, int kOutputs, int kColumns, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
-struct GradWeightTiles : Tile<scalar_t> {
-  using T = Tile<scalar_t>;
+struct GradWeightTiles
+    : Panels<scalar_t, kOutputs, kColumns, stage_pixels<scalar_t>(copies), Multiply> {
+  using P = Panels<scalar_t, kOutputs, kColumns, stage_pixels<scalar_t>(copies), Multiply>;
+  using P::kPanelBytes, P::kRowPanels, P::kColumnPanels, P::kStageBytes;
+  using typename P::Products, typename P::T;
   static constexpr Copies kCopies = copies;
   static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
-  static constexpr int kBlocks = sizeof(scalar_t) == 4 && kOutputs == 128 ? 1 : 2;  // or it spills
-  // A stage, in panels of so many by 128 bytes.
-  static constexpr int kPixels = by_boxes ? 64 : sizeof(scalar_t) == 8 ? 16 : 32;
-  static constexpr int kPanelBytes = kPixels * T::kRowBytes;
-  static constexpr int kOutputPanels = kOutputs / T::kRow, kColumnPanels = kColumns / T::kRow;
-  static constexpr int kStageBytes = (kOutputPanels + kColumnPanels) * kPanelBytes;
+  static constexpr int kPixels = P::kDepth;
   static constexpr int kTapBytes = gathers ? kColumns * static_cast<int>(sizeof(Tap)) : 0;
   static constexpr int kSharedBytes =
       T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : kTapBytes);
-  using Products = Multiply<scalar_t, kOutputs, kColumns>;
-  static constexpr int M = Products::M, N = Products::N;
-  static constexpr int kDepth = 32 / sizeof(scalar_t);  // pixels that one instruction adds up
 
   static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
@@ -60,52 +62,40 @@ struct GradWeightTiles : Tile<scalar_t> {
     int64_t first_pixel, end_pixel;
   };
 
-  // Eight rows of one chunk (what a transposed read takes), or four rows of two (what reads of
-  // single numbers take), lie in different banks.
-  DLOPS_DEVICE static unsigned char* chunk_at(unsigned char* panels, int pixel, int chunk) {
-    const int place = sizeof(scalar_t) == 2 ? pixel & 7 : pixel * 2 & 7;
-    return panels + chunk / T::kChunks * kPanelBytes + pixel * T::kRowBytes +
-           ((chunk % T::kChunks) ^ place) * 16;
-  }
-
   template <class Block>
   DLOPS_DEVICE void copy_outputs(Block& block, unsigned char* panels, int thread,
                                  const Place& place, int64_t pixel) const {
-    constexpr int chunks = kOutputPanels * T::kChunks, rows = T::kThreads / chunks;
-    const int chunk = thread % chunks;
-    const int o = place.first_output + chunk * T::kChunk;
-    DLOPS_UNROLL
-    for (int row = thread / chunks; row < kPixels; row += rows)
-      block.template copy<16>(
-          chunk_at(panels, row, chunk),
-          grad_output + (pixel + row) * grad_pixel + place.group * grad_group + o,
-          o < conv.O && pixel + row < place.end_pixel);
+    P::template for_each_chunk<kRowPanels>(
+        panels, thread, [&](unsigned char* to, int row, int element) {
+          const int o = place.first_output + element;
+          block.template copy<16>(
+              to, grad_output + (pixel + row) * grad_pixel + place.group * grad_group + o,
+              o < conv.O && pixel + row < place.end_pixel);
+        });
   }
 
   template <class Block>
   DLOPS_DEVICE void copy_columns(Block& block, unsigned char* panels, const Tap* taps, int thread,
                                  const Place& place, int64_t pixel) const {
-    constexpr int chunks = kColumnPanels * T::kChunks, rows = T::kThreads / chunks;
-    const int chunk = thread % chunks;
-    const int k = place.first_column + chunk * T::kChunk;
+    const int element = thread % (kColumnPanels * T::kChunks) * T::kChunk;  // of all its chunks
+    const int k = place.first_column + element;
     const Cell cell(conv, gathers ? 0 : k);
-    DLOPS_UNROLL
-    for (int row = thread / chunks; row < kPixels; row += rows) {
+    P::template for_each_chunk<kColumnPanels>(panels, thread, [&](unsigned char* to, int row, int) {
       const Window<scalar_t> window(conv, pixel + row, place.end_pixel, place.group);
       if constexpr (gathers) {
-        gather(chunk_at(panels, row, chunk), conv, window, taps + chunk * T::kChunk);
+        gather(to, conv, window, taps + element);
       } else {
-        block.template copy<16>(chunk_at(panels, row, chunk), window.start + cell.offset,
+        block.template copy<16>(to, window.start + cell.offset,
                                 k < conv.column_rows() && window.inside(conv, cell));
       }
-    }
+    });
   }
 
   // The boxes of a stage: what lies past the last pixel, or the last column, is zero.
   template <class Block>
   DLOPS_DEVICE void copy_boxes(Block& block, uint64_t* barrier, unsigned char* panels,
                                const Place& place, int64_t pixel) const {
-    for (int i = 0; i < kOutputPanels; ++i)
+    for (int i = 0; i < kRowPanels; ++i)
       block.copy_rows(panels + i * kPanelBytes, boxes.grad_output, barrier,
                       static_cast<int>(place.group * grad_group) + place.first_output + i * T::kRow,
                       0, static_cast<int>(pixel));
@@ -114,39 +104,11 @@ struct GradWeightTiles : Tile<scalar_t> {
       const int k = place.first_column + i * T::kRow;
       const bool there = k < conv.column_rows();
       const int tap = there ? k / conv.C : 0, c = there ? k - tap * conv.C : conv.C;
-      block.copy_pixels(panels + (kOutputPanels + i) * kPanelBytes, boxes.pixels, barrier,
+      block.copy_pixels(panels + (kRowPanels + i) * kPanelBytes, boxes.pixels, barrier,
                         (there ? place.group : conv.groups - 1) * conv.C + c,
                         static_cast<int>(at.n), at.oh * conv.stride_h - conv.pad_top,
                         at.ow * conv.stride_w - conv.pad_left, tap / conv.S * conv.dilation_h,
                         tap % conv.S * conv.dilation_w);
-    }
-  }
-
-  // One number of a pixel.
-  DLOPS_DEVICE static unsigned char* element_at(unsigned char* panels, int pixel, int element) {
-    return chunk_at(panels, pixel, element / T::kChunk) +
-           element % T::kChunk * static_cast<int>(sizeof(scalar_t));
-  }
-
-  template <class Block, class F, class S>
-  DLOPS_DEVICE static void multiply(Block& block, unsigned char* panels, F& fragments, S& sums) {
-    if constexpr (Products::kByGroups) {
-      block.groups([&](int group) {
-        DLOPS_UNROLL
-        for (int pixel = 0; pixel < kPixels; pixel += kDepth)
-          Products::template start<true>(
-              block, group, sums, panels + group * kPanelBytes + pixel * T::kRowBytes,
-              panels + kOutputPanels * kPanelBytes + pixel * T::kRowBytes, kPanelBytes);
-      });
-    } else {
-      block.warps([&](int warp) {
-        unsigned char* const columns = panels + kOutputPanels * kPanelBytes;
-        const int output = Products::first_row(warp), column = Products::first_column(warp);
-        Products::template multiply_columns<kPixels>(
-            block, warp, [&](int pixel, int o) { return element_at(panels, pixel, output + o); },
-            [&](int pixel, int k) { return element_at(columns, pixel, column + k); }, fragments,
-            sums);
-      });
     }
   }
 
@@ -183,8 +145,7 @@ struct GradWeightTiles : Tile<scalar_t> {
           const int64_t pixel = place.first_pixel + step * kPixels;
           block.threads([&](int thread) {
             copy_outputs(block, stage(step), thread, place, pixel);
-            copy_columns(block, stage(step) + kOutputPanels * kPanelBytes, taps, thread, place,
-                         pixel);
+            copy_columns(block, stage(step) + kRowPanels * kPanelBytes, taps, thread, place, pixel);
           });
         },
         multiply_stage);
@@ -211,7 +172,7 @@ struct GradWeightTiles : Tile<scalar_t> {
     typename Block::template PerThread<typename Products::Sums> values;
     block.threads([&](int thread) { values[thread] = {}; });
     const auto multiply_stage = [&](int64_t step) {
-      multiply(block, stage(step), fragments, values);
+      P::multiply(block, stage(step), fragments, values);
     };
     if constexpr (by_boxes) {
       run_stages_of_boxes<T::kStages>(

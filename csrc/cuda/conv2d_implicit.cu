@@ -21,56 +21,7 @@
 namespace dlops::cuda {
 namespace {
 
-// ------------------------------------------------------------------------------------ the weight
-
-// Where a convolution's weights are, in elements from the first: the steps to the next group, row
-// of the matrix, channel, and row and column of the kernel.
-struct WeightPlace {
-  int64_t first, group, row, channel, kernel_row, kernel_col;
-};
-
-// One weight per index of (groups, rows, row_length), which tiles copy by 16 bytes: a row runs over
-// the kernel's cells and their channels, and is filled up with zeros as the images are.
-template <class scalar_t>
-struct WeightRows {
-  WeightPlace place;
-  int64_t channels, cells;  // that are there
-  Divider row_length, rows, padded, S;
-  const scalar_t* weight;
-  scalar_t* to;
-
-  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
-    // Each split leaves the remainder in place of what it divides.
-    int64_t c = i;
-    int64_t row = row_length.split(c);
-    const int64_t group = rows.split(row);
-    int64_t s = padded.split(c);
-    const bool there = c < channels && s < cells;
-    const int64_t r = S.split(s);
-    to[i] = there ? weight[place.first + group * place.group + row * place.row + c * place.channel +
-                           r * place.kernel_row + s * place.kernel_col]
-                  : scalar_t(0);
-  }
-};
-
-// weight as rows for the convolution `g` of images with `channels` to a group.
-at::Tensor weight_rows(const Conv2dGeometry& g, const at::Tensor& weight, const WeightPlace& place,
-                       int64_t channels) {
-  const int64_t rows = g.outputs_per_group();
-  const int64_t row_length = whole_chunks(g.R * g.S * channels, weight);
-  const at::Tensor matrix = at::empty({g.groups, rows, row_length}, weight.options());
-  with_dtype(weight, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    for_each(matrix.numel(),
-             WeightRows<scalar_t>{place, g.channels_per_group(), g.R * g.S, Divider(row_length),
-                                  Divider(rows), Divider(channels), Divider(g.S),
-                                  weight.const_data_ptr<scalar_t>(),
-                                  matrix.mutable_data_ptr<scalar_t>()});
-  });
-  return matrix;
-}
-
-// Whether weight (O, C, R, S) is such a matrix already.
+// Whether weight (O, C, R, S) is a matrix of such rows already (weight_rows).
 bool is_matrix(const Conv2dGeometry& g, const at::Tensor& weight, int64_t channels) {
   return channels == g.channels_per_group() && g.column_rows() % chunk_elements(weight) == 0 &&
          weight.permute({0, 2, 3, 1}).is_contiguous() &&
@@ -233,6 +184,8 @@ void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at:
                      const std::optional<at::Tensor>& bias, const at::Tensor& output) {
   const at::Tensor dense_bias =
       bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
+  if (takes_pointwise(g, input, output))
+    return pointwise_conv2d(g, input, weight, dense_bias, output);
   const bool gathered = gathers(input, g);
   const int64_t channels =
       gathered ? g.channels_per_group() : whole_chunks(g.channels_per_group(), input);
@@ -256,6 +209,8 @@ void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at:
 
 void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
+  if (takes_pointwise(g, grad_output, grad_input))
+    return pointwise_grad_input(g, grad_output, weight, grad_input);
   const bool gathered = gathers(grad_output, g);
   const int64_t outputs = g.outputs_per_group();
   const int64_t channels = gathered ? outputs : whole_chunks(outputs, weight);

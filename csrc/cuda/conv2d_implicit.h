@@ -1,5 +1,5 @@
-// What the launchers of implicit GEMM share: which convolutions it takes, and images as its tiles
-// read them.
+// What the launchers of implicit GEMM share: which convolutions it takes, and images and weights as
+// its tiles read them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -84,6 +84,25 @@ class ImageReader {
 // Whether columns of these images, input or grad_output, are gathered element by element where the
 // images are: first layers.
 bool gathers(const at::Tensor& images, const Conv2dGeometry& g);
+
+// Where a convolution's weights are, in elements from the first: the steps to the next group, row
+// of the matrix, channel, and row and column of the kernel.
+struct WeightPlace {
+  int64_t first, group, row, channel, kernel_row, kernel_col;
+};
+
+// weight as rows for the convolution `g` of images with `channels` to a group: (groups, rows,
+// row_length).
+at::Tensor weight_rows(const Conv2dGeometry& g, const at::Tensor& weight, const WeightPlace& place,
+                       int64_t channels);
+
+// 1 x 1 convolutions of contiguous images (conv2d_pointwise.cu), or of grad_output: whether these
+// are such, and what both passes give.
+bool takes_pointwise(const Conv2dGeometry& g, const at::Tensor& images, const at::Tensor& result);
+void pointwise_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,
+                      const at::Tensor& bias, const at::Tensor& output);
+void pointwise_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
+                          const at::Tensor& weight, const at::Tensor& grad_input);
 
 // Channels of a group in whole boxes.
 inline int64_t whole_boxes(int64_t channels, const at::Tensor& tensor) {

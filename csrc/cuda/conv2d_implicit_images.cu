@@ -9,6 +9,7 @@
 #include "common/cuda_utils.cuh"
 #include "cuda/channels_last_tiles.cuh"
 #include "cuda/conv2d_implicit.h"
+#include "cuda/divider.h"
 
 #if defined(__CUDACC__)
 #include <ATen/cuda/CUDAContext.h>
@@ -84,6 +85,30 @@ BoxesOfPixels boxes_of_pixels(const Conv2dGeometry& g, const at::Tensor& images,
           g.groups * channels, pixel,     g.OH,       g.OW, g.stride_h,
           g.stride_w,          g.pad_top, g.pad_left, 0};
 }
+
+// One weight per index of (groups, rows, row_length), which tiles copy by 16 bytes: a row runs over
+// the kernel's cells and their channels, and is filled up with zeros as the images are.
+template <class scalar_t>
+struct WeightRows {
+  WeightPlace place;
+  int64_t channels, cells;  // that are there
+  Divider row_length, rows, padded, S;
+  const scalar_t* weight;
+  scalar_t* to;
+
+  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
+    // Each split leaves the remainder in place of what it divides.
+    int64_t c = i;
+    int64_t row = row_length.split(c);
+    const int64_t group = rows.split(row);
+    int64_t s = padded.split(c);
+    const bool there = c < channels && s < cells;
+    const int64_t r = S.split(s);
+    to[i] = there ? weight[place.first + group * place.group + row * place.row + c * place.channel +
+                           r * place.kernel_row + s * place.kernel_col]
+                  : scalar_t(0);
+  }
+};
 
 }  // namespace
 
@@ -173,6 +198,22 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
         static_cast<int>(padded), places, memory.mutable_data_ptr<scalar_t>()});
   });
   return {memory, H * W * places, padded, 1, W * places, places, padded};
+}
+
+at::Tensor weight_rows(const Conv2dGeometry& g, const at::Tensor& weight, const WeightPlace& place,
+                       int64_t channels) {
+  const int64_t rows = g.outputs_per_group();
+  const int64_t row_length = whole_chunks(g.R * g.S * channels, weight);
+  const at::Tensor matrix = at::empty({g.groups, rows, row_length}, weight.options());
+  with_dtype(weight, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    for_each(matrix.numel(),
+             WeightRows<scalar_t>{place, g.channels_per_group(), g.R * g.S, Divider(row_length),
+                                  Divider(rows), Divider(channels), Divider(g.S),
+                                  weight.const_data_ptr<scalar_t>(),
+                                  matrix.mutable_data_ptr<scalar_t>()});
+  });
+  return matrix;
 }
 
 bool takes_boxes(const Conv2dGeometry& g, const at::Tensor& images, int64_t channels,

@@ -20,7 +20,10 @@ from test_implicit_gemm import DEVICE, check_rounded_once, on_device
 # Enough to see whether a way works; the tests have the others. The smallest first.
 LARGE = ("large_tiles", "large_narrow_tiles", "large_groups", "tiles_too_few_to_be_wide")
 CHOSEN = {
-    "implicit_gemm": ("whole_tiles", "first_layer", "wide_stride", "depthwise_vectors", *LARGE[:2]),
+    "implicit_gemm": (
+        *("whole_tiles", "first_layer", "wide_stride", "depthwise_vectors", "pointwise"),
+        *LARGE[:2],
+    ),
     "implicit_gemm_wgmma": ("whole_tiles", *LARGE, "large_first_layer"),
     "implicit_gemm_tma": ("boxes_too_few_to_be_wide", "boxes", "filled_up_boxes", "wide_boxes"),
 }
@@ -29,7 +32,7 @@ CHOSEN = {
 def check(part: str, problem: Problem, dtype: torch.dtype) -> None:
     first, *others = problem.inputs
     assert first is not None
-    layout = "channels_last" if first.dim() == 4 else "contiguous"
+    layout = "channels_last" if first.dim() == 4 and "pointwise" not in problem.id else "contiguous"
     inputs = [LAYOUTS[layout](first), *others]
     if part in WAYS[1:]:  # exact in TF32 too, whatever native's products are
         check_rounded_once(problem, inputs, dtype)

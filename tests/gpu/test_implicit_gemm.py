@@ -60,6 +60,9 @@ def tile_cases(N: int, H: int, W: int, few: tuple[int, int]) -> list[Conv2dCase]
         Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
         Conv2dCase("large_tiles", (N, 24, H, W), (136, 24, 3, 3)),
         Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 1)),
+        Conv2dCase("pointwise", (2, 40, 8, 12), (136, 40, 1, 1)),
+        Conv2dCase("pointwise_groups", (3, 60, 6, 8), (84, 20, 1, 1), groups=3),
+        Conv2dCase("large_pointwise", (N, 72, H, W), (136, 72, 1, 1)),
         Conv2dCase("large_groups", (N, 48, H, W), (144, 24, 1, 2), padding=(0, 1), groups=2),
         Conv2dCase("tiles_too_few_to_be_wide", (1, 24, *few), (128, 24, 1, 2)),
         Conv2dCase("wide_stride", (2, 16, 17, 16), (24, 16, 3, 2), stride=(4, 3), padding=(2, 1)),
@@ -466,3 +469,19 @@ def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = [event.key for event in profile.key_averages() if "GroupProducts" in event.key]
     assert any("Conv2dTiles" in kernel for kernel in kernels)
     assert any("GradWeightTiles" in kernel for kernel in kernels)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
+@parametrize("case", [case for case in TILES if "pointwise" in case.id], ids=ids)
+def test_it_is_planes_that_are_multiplied(case: Conv2dCase) -> None:
+    """No image is turned round but for the gradient of the weight."""
+    problem = conv2d(case)
+    x, weight, *rest = on_device(cast(problem.inputs, torch.bfloat16))
+    (x,) = leaves([x])
+    with torch.profiler.profile() as profile:
+        output = problem.ours(x, weight, *rest)
+        output.backward(torch.ones_like(output))
+    kernels = [event.key for event in profile.key_averages()]
+    assert any("PointwiseTiles" in kernel for kernel in kernels)
+    assert not any("ChannelsLastTiles" in kernel for kernel in kernels)
