@@ -172,6 +172,27 @@ def check_bits(case: MaxPool2dCase, input: Tensor) -> None:
 
 
 @pytest.mark.exact
+@parametrize("dtype", [torch.bfloat16, torch.float16], ids=ids)
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("width", [13, 256], ids=["partial_vectors", "whole_vectors"])
+def test_every_number_of_low_precision(width: int, layout: str, dtype: torch.dtype) -> None:
+    """On its way into float32 and back: subnormal numbers, infinities and NaN too."""
+    numbers = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    rows = -(-len(numbers) // (2 * width))
+    image = numbers.repeat(2)[: rows * 2 * width].view(1, 2, rows, width)
+    image = LAYOUTS[layout](image).requires_grad_()
+    output = F.max_pool2d(image, (1, 3), stride=1, padding=(0, 1))
+    beside = torch.nn.functional.pad(image.detach().float(), (1, 1), value=-torch.inf)
+    expected = torch.stack([beside[..., j : j + width] for j in range(3)]).amax(0)
+    torch.testing.assert_close(output.float(), expected, rtol=0, atol=0, equal_nan=True)
+    alone = F.max_pool2d(image, (1, 3), stride=(1, 3))
+    grad = image.detach()[..., : alone.shape[-1]].nan_to_num(1.0)
+    (gradient,) = torch.autograd.grad(alone, image, LAYOUTS[layout](grad))
+    found = gradient.unfold(3, 3, 3)[..., : alone.shape[-1], :].float().sum(-1)
+    assert torch.equal(found, grad.float())
+
+
+@pytest.mark.exact
 @parametrize("dtype", DTYPES, ids=ids)
 @parametrize("layout", ["contiguous", "channels_last"])
 @parametrize("planes", [(1, 3), (3, 23)])
@@ -200,7 +221,14 @@ def test_rows_of_several_vectors(
 ) -> None:
     """Vectors of windows at either end of a row, between them, and at both ends at once; planes
     in pairs and alone."""
-    for planes, width in [((1, 1), 16), ((2, 1), 31), ((1, 3), 57), ((1, 2), 90), ((65, 1), 133)]:
+    for planes, width in [
+        ((1, 1), 16),
+        ((2, 1), 31),
+        ((1, 3), 57),
+        ((1, 2), 90),
+        ((65, 1), 133),
+        ((1, 3), 270),
+    ]:
         values = normal((*planes, 11, width), width)
         ties = values.round()
         nans = values.masked_fill(values > 1.5, NAN).masked_fill(values < -1, -INF)

@@ -2,7 +2,7 @@
 // on values and the integers that go with them, in registers, on every instruction set.
 #pragma once
 
-#if DLOPS_CAPABILITY == 2
+#if DLOPS_CAPABILITY >= 1
 #include <immintrin.h>
 #endif
 
@@ -14,7 +14,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/simd/rounded.h"
 
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
@@ -50,6 +49,50 @@ V as(R bits) {
   return values;
 }
 
+// float16 to float32 and back, to the nearest. Neither the compiler nor c10::Half takes several at
+// once.
+template <int64_t lanes>
+Vector<float, lanes> floats_of(const c10::Half* from) {
+#if DLOPS_CAPABILITY >= 1
+  if constexpr (lanes == 4) {
+    return as<Vector<float, 4>>(
+        _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+  } else if constexpr (lanes == 8) {
+    return as<Vector<float, 8>>(
+        _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+#if DLOPS_CAPABILITY == 2
+  if constexpr (lanes == 16) {
+    return as<Vector<float, 16>>(
+        _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  }
+#endif
+#endif
+  Vector<float, lanes> values;
+  for (int64_t l = 0; l < lanes; ++l) values[l] = static_cast<float>(from[l]);
+  return values;
+}
+template <int64_t lanes>
+Vector<uint16_t, lanes> halves_of(Vector<float, lanes> values) {
+  Vector<uint16_t, lanes> halves;
+#if DLOPS_CAPABILITY >= 1
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  if constexpr (lanes == 4) {
+    const __m128i bits = _mm_cvtps_ph(as<__m128>(values), nearest);
+    std::memcpy(&halves, &bits, sizeof(halves));
+    return halves;
+  } else if constexpr (lanes == 8) {
+    return as<Vector<uint16_t, 8>>(_mm256_cvtps_ph(as<__m256>(values), nearest));
+  }
+#if DLOPS_CAPABILITY == 2
+  if constexpr (lanes == 16)
+    return as<Vector<uint16_t, 16>>(_mm512_cvtps_ph(as<__m512>(values), nearest));
+#endif
+#endif
+  for (int64_t l = 0; l < lanes; ++l) halves[l] = static_cast<c10::Half>(values[l]).x;
+  return halves;
+}
+
 // The elements at `from`, converted to T.
 template <class T, int64_t lanes, class from_t>
 Vector<T, lanes> load(const from_t* from) {
@@ -61,9 +104,7 @@ Vector<T, lanes> load(const from_t* from) {
         << 16;
     return __builtin_convertvector((as<Vector<float, lanes>>(bits)), Vector<T, lanes>);
   } else if constexpr (std::is_same_v<from_t, c10::Half>) {
-    Vector<float, lanes> values;
-    for (int64_t l = 0; l < lanes; ++l) values[l] = static_cast<float>(from[l]);
-    return __builtin_convertvector(values, Vector<T, lanes>);
+    return __builtin_convertvector(floats_of<lanes>(from), Vector<T, lanes>);
   } else {
     Vector<from_t, lanes> values;
     std::memcpy(&values, from, sizeof(values));
@@ -134,7 +175,8 @@ void store_part(V values, to_t* to, int64_t count) {
     bits = number == number ? bits : fill<uint32_t, lanes>(0x7fc0);
     store_part<lanes>(bits, reinterpret_cast<uint16_t*>(to), count);
   } else if constexpr (std::is_same_v<to_t, c10::Half>) {
-    for (int64_t l = 0; l < (count < lanes ? count : lanes); ++l) to[l] = rounded<to_t>(values[l]);
+    const auto numbers = __builtin_convertvector(values, Vector<float, lanes>);
+    store_part<lanes>(halves_of<lanes>(numbers), reinterpret_cast<uint16_t*>(to), count);
   } else {
     const Vector<to_t, lanes> result = converted<to_t, lanes>(values);
     if (count >= lanes) {
