@@ -69,13 +69,32 @@ void copy_row(const T* from, T* to, int64_t count) {
   }
 }
 
+// Calls f(i, values) for float32 vectors of low-precision or float32 numbers, where one of `from_t`
+// and `to_t` is of low precision, and writes what it gives. (The compiler makes no vectors of
+// float16's conversions.)
+template <class from_t, class to_t, class F>
+void convert_each(const from_t* from, to_t* to, int64_t count, const F& f) {
+  constexpr int64_t L = at::vec::Vectorized<float>::size();
+  for (int64_t i = 0; i < count; i += L)
+    store<float>(f(i, load<float>(from + i, count - i)), to + i, count - i);
+}
+
+template <class from_t, class to_t>
+void convert_values(const from_t* from, to_t* to, int64_t count) {
+  if constexpr (!std::is_same_v<from_t, to_t>) {
+    convert_each(from, to, count, [](int64_t, auto values) { return values; });
+  } else {
+    std::copy_n(from, count, to);
+  }
+}
+
 template <class input_t, class column_t>
 void copy_strided(const input_t* from, int64_t step, column_t* to, int64_t count) {
   if (step == 1) {
     if constexpr (std::is_same_v<input_t, column_t>) {
       copy_row(from, to, count);
     } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[i]);
+      convert_values(from, to, count);
     }
   } else if (step == 2) {
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<column_t>(from[2 * i]);
@@ -275,21 +294,6 @@ void scatter_columns_last(const Conv2dGeometry& g, const ColumnBlock& block,
   });
 }
 
-namespace {
-
-template <class from_t, class to_t>
-void convert_values(const from_t* from, to_t* to, int64_t count) {
-  if constexpr (!std::is_same_v<from_t, to_t>) {
-    constexpr int64_t L = at::vec::Vectorized<float>::size();
-    for (int64_t i = 0; i < count; i += L)
-      store<float>(load<float>(from + i, count - i), to + i, count - i);
-  } else {
-    std::copy_n(from, count, to);
-  }
-}
-
-}  // namespace
-
 template <int capability, class from_t, class to_t>
 void convert_row(const from_t* from, to_t* to, int64_t count) {
   convert_values(from, to, count);
@@ -297,12 +301,21 @@ void convert_row(const from_t* from, to_t* to, int64_t count) {
 
 template <int capability, class from_t, class to_t>
 void convert_row_plus(const from_t* from, from_t bias, to_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i] + bias);
+  if constexpr (!std::is_same_v<from_t, to_t>) {
+    convert_each(from, to, count, [&](int64_t, auto values) { return values + bias; });
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i] + bias;
+  }
 }
 
 template <int capability, class from_t, class to_t>
 void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<to_t>(from[i] + bias[i]);
+  if constexpr (!std::is_same_v<from_t, to_t>) {
+    convert_each(from, to, count,
+                 [&](int64_t i, auto values) { return values + load<float>(bias + i, count - i); });
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i] + bias[i];
+  }
 }
 
 template <class T>
