@@ -156,11 +156,6 @@ void multiply(at::Tensor result, const at::Tensor& a, const at::Tensor& b, bool 
   }
 }
 
-bool is_pointwise(const Conv2dGeometry& g) {
-  return g.R == 1 && g.S == 1 && g.stride_h == 1 && g.stride_w == 1 && g.OH == g.H && g.OW == g.W &&
-         g.pad_top == 0 && g.pad_left == 0;
-}
-
 // The column matrix of a chunk of channels_last images as (groups, pixels, K). It lies in
 // `workspace` or, for a 1 x 1 convolution, is the images themselves.
 at::Tensor column_matrix(const at::Tensor& images, const Conv2dGeometry& g, const Chunk& chunk,

@@ -1,5 +1,5 @@
 // What the ways of convolving on CUDA share: conv2d.cu (im2col and the library's product),
-// conv2d_implicit.cu (implicit GEMM on the tensor cores) and conv2d_depthwise.cu.
+// conv2d_implicit.cu (implicit GEMM) and conv2d_depthwise.cu.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,6 +15,12 @@ namespace dlops::cuda {
 #define DLOPS_WORKSPACE_BYTES (64 << 20)
 #endif
 constexpr int64_t kWorkspaceBytes = DLOPS_WORKSPACE_BYTES;
+
+// Whether every output pixel sees the one input pixel that is where it is.
+inline bool is_pointwise(const Conv2dGeometry& g) {
+  return g.R == 1 && g.S == 1 && g.stride_h == 1 && g.stride_w == 1 && g.OH == g.H && g.OW == g.W &&
+         g.pad_top == 0 && g.pad_left == 0;
+}
 
 // Whether the ways without a column matrix are asked for: DLOPS_CUDA_CONV2D=implicit_gemm and on.
 bool asks_for_implicit_gemm();

@@ -7,8 +7,6 @@
 // pad - r * dilation is a multiple of the stride, at grad_output's row i + (a + pad - r * dilation)
 // / stride. The kernel rows of one residue are evenly spaced, and turned around they make a kernel
 // of stride 1. No product is with a zero that the stride put there.
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <numeric>
 #include <vector>
@@ -16,7 +14,6 @@
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d_implicit.h"
 #include "cuda/conv2d_tiles.cuh"
-#include "cuda/divider.h"
 
 namespace dlops::cuda {
 namespace {
@@ -40,7 +37,7 @@ struct Conv2dCall {
   const OutputPlace& place;
 
   template <class scalar_t, int kPixels, int kOutputs, Copies copies,
-            template <class, int, int> class Multiply = WarpProducts>
+            template <class, int, int> class Multiply>
   void launch() const {
     Conv2dTiles<scalar_t, kPixels, kOutputs, copies, Multiply> tiles;
     tiles.conv = tile_conv2d<scalar_t>(g, images);

@@ -16,7 +16,7 @@ bool allows_tf32();
 
 // Whether Hopper's products of groups of warps are asked for, DLOPS_CUDA_CONV2D=implicit_gemm_wgmma
 // or implicit_gemm_tma, and the latter's copies of boxes: an error where the device or the build
-// has none.
+// has none. float64, and float32 with all its digits, have no such products and do not ask.
 bool asks_for_wgmma();
 bool asks_for_boxes();
 

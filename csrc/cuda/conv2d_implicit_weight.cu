@@ -62,7 +62,7 @@ struct GradWeightCall {
   const at::Tensor& sums;
 
   template <class scalar_t, int kOutputs, int kColumns, Copies copies,
-            template <class, int, int> class Multiply = WarpProducts>
+            template <class, int, int> class Multiply>
   void launch() const {
     using Tiles = GradWeightTiles<scalar_t, kOutputs, kColumns, copies, Multiply>;
     static_assert(kPartMultiple % Tiles::kPixels == 0);

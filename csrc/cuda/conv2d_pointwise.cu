@@ -2,6 +2,8 @@
 // gradient of the input, which is one of grad_output with the weight transposed.
 #include "cuda/conv2d_pointwise_tiles.cuh"
 
+#include <type_traits>
+
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d_implicit.h"
 
@@ -14,6 +16,11 @@ bool has_planes(const at::Tensor& images) {
   return images.stride(3) == 1 && images.stride(2) == images.size(3) && pixels % chunk == 0 &&
          images.stride(1) % chunk == 0 && images.stride(0) % chunk == 0 &&
          reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
+}
+
+// Whether an image's pixels fill its tiles to three quarters: no tile has those of two images.
+bool fill_tiles(int64_t pixels, int64_t size) {
+  return pixels * 4 >= tiles_of(pixels, size) * size * 3;
 }
 
 template <class scalar_t, class tensor_scalar_t>
@@ -32,8 +39,7 @@ struct PointwiseCall {
   int64_t outputs() const { return output.size(1) / groups; }
   int64_t pixels() const { return images.size(2) * images.size(3); }
 
-  template <class scalar_t, int kOutputs, int kPixels,
-            template <class, int, int> class Multiply = WarpProducts>
+  template <class scalar_t, int kOutputs, int kPixels, template <class, int, int> class Multiply>
   void launch() const {
     PointwiseTiles<scalar_t, kOutputs, kPixels, Multiply> tiles;
     tiles.images = images.size(0);
@@ -62,7 +68,8 @@ void launch_by_size(const PointwiseCall& call, bool wide) {
 void launch_pointwise(const PointwiseCall& call) {
   const int64_t large = call.images.size(0) * call.groups * tiles_of(call.outputs(), 128) *
                         tiles_of(call.pixels(), 128);
-  const bool wide = call.outputs() > 64 && large >= occupying_tiles();
+  const bool wide =
+      call.outputs() > 64 && fill_tiles(call.pixels(), 128) && large >= occupying_tiles();
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
     if constexpr (sizeof(scalar_t) == 2) {
@@ -78,9 +85,8 @@ void launch_pointwise(const PointwiseCall& call) {
 }  // namespace
 
 bool takes_pointwise(const Conv2dGeometry& g, const at::Tensor& images, const at::Tensor& result) {
-  const bool is_product = g.R == 1 && g.S == 1 && g.stride_h == 1 && g.stride_w == 1 &&
-                          g.pad_top == 0 && g.pad_left == 0 && g.OH == g.H && g.OW == g.W;
-  return is_product && has_planes(images) && has_planes(result);
+  return is_pointwise(g) && fill_tiles(g.output_pixels(), 64) && has_planes(images) &&
+         has_planes(result);
 }
 
 void pointwise_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at::Tensor& weight,

@@ -25,7 +25,7 @@ template <class scalar_t, int kPixels, int kOutputs, Copies copies,
 struct Conv2dTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
   using Products = Multiply<scalar_t, kPixels, kOutputs>;
-  static constexpr int M = Products::M, N = Products::N;
+  static constexpr int M = Products::M;
   static constexpr Copies kCopies = copies;
   static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies

@@ -59,7 +59,7 @@ def tile_cases(N: int, H: int, W: int, few: tuple[int, int]) -> list[Conv2dCase]
         Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
         Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
         Conv2dCase("large_tiles", (N, 24, H, W), (136, 24, 3, 3)),
-        Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 1)),
+        Conv2dCase("large_narrow_tiles", (N, 8, H, W), (40, 8, 1, 2), padding=(0, 1)),
         Conv2dCase("pointwise", (2, 40, 8, 12), (136, 40, 1, 1)),
         Conv2dCase("pointwise_groups", (3, 60, 6, 8), (84, 20, 1, 1), groups=3),
         Conv2dCase("large_pointwise", (N, 72, H, W), (136, 72, 1, 1)),
@@ -458,30 +458,73 @@ def test_it_is_boxes_that_come(
     assert [number > 0 for number in came] == expected
 
 
+def launched(function: Callable[[], Any]) -> Callable[[str], bool]:
+    """Whether a kernel was launched whose name holds a word."""
+    if DEVICE == "cuda":
+        with torch.profiler.profile() as profile:
+            function()
+        keys = [event.key for event in profile.key_averages()]
+        return lambda word: any(word in key for key in keys)
+    count = ctypes.CDLL(_C.__file__).dlops_launches
+    count.restype = ctypes.c_int64
+    before = {word: count(word.encode()) for word in TILE_NAMES}
+    function()
+    after = {word: count(word.encode()) for word in TILE_NAMES}
+    return lambda word: after[word] > before[word]
+
+
+TILE_NAMES = ("Conv2dTiles", "GradWeightTiles", "PointwiseTiles", "ChannelsLastTiles")
+TILE_NAMES += ("WarpProducts", "ThreadProducts", "GroupProducts")
+
+
 @pytest.mark.native
-@pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
 def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     ask_for("wgmma", monkeypatch)
     problem = conv2d(TILES[2])
     inputs = on_device(cast(problem.inputs, torch.bfloat16))
-    with torch.profiler.profile() as profile:
-        values_and_gradients(problem.ours, inputs)
-    kernels = [event.key for event in profile.key_averages() if "GroupProducts" in event.key]
-    assert any("Conv2dTiles" in kernel for kernel in kernels)
-    assert any("GradWeightTiles" in kernel for kernel in kernels)
+    was_launched = launched(lambda: values_and_gradients(problem.ours, inputs))
+    assert was_launched("GroupProducts")
+    assert was_launched("Conv2dTiles")
+    assert was_launched("GradWeightTiles")
+    assert not was_launched("WarpProducts")
 
 
 @pytest.mark.native
-@pytest.mark.skipif(DEVICE == "cpu", reason="asks the profiler of CUDA")
+@parametrize(
+    "precision, dtype, products",
+    [
+        ("high", torch.bfloat16, "WarpProducts"),
+        ("high", torch.float32, "WarpProducts"),
+        ("highest", torch.float32, "ThreadProducts"),
+        ("highest", torch.float64, "WarpProducts"),
+    ],
+    ids=ids,
+)
 @parametrize("case", [case for case in TILES if "pointwise" in case.id], ids=ids)
-def test_it_is_planes_that_are_multiplied(case: Conv2dCase) -> None:
-    """No image is turned round but for the gradient of the weight."""
+def test_it_is_planes_that_are_multiplied(
+    case: Conv2dCase, precision: str, dtype: torch.dtype, products: str
+) -> None:
+    """Forward and in the gradient of the image."""
+    torch.set_float32_matmul_precision(precision)
     problem = conv2d(case)
-    x, weight, *rest = on_device(cast(problem.inputs, torch.bfloat16))
+    x, weight, *rest = on_device(cast(problem.inputs, dtype))
     (x,) = leaves([x])
-    with torch.profiler.profile() as profile:
+
+    def run() -> None:
         output = problem.ours(x, weight, *rest)
         output.backward(torch.ones_like(output))
-    kernels = [event.key for event in profile.key_averages()]
-    assert any("PointwiseTiles" in kernel for kernel in kernels)
-    assert not any("ChannelsLastTiles" in kernel for kernel in kernels)
+
+    was_launched = launched(run)
+    assert was_launched("PointwiseTiles")
+    assert was_launched(products)
+    assert not was_launched("Conv2dTiles")
+    assert not was_launched("ChannelsLastTiles")  # no image is turned round
+
+
+@pytest.mark.native
+def test_planes_that_leave_most_of_a_tile_empty_are_turned_round() -> None:
+    x = torch.ones(2, 16, 4, 4, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.ones(8, 16, 1, 1, dtype=torch.bfloat16, device=DEVICE)
+    was_launched = launched(lambda: F.conv2d(x, weight))
+    assert was_launched("Conv2dTiles")
+    assert not was_launched("PointwiseTiles")

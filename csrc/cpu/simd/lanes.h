@@ -14,7 +14,6 @@
 #include <type_traits>
 #include <utility>
 
-
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
 

@@ -54,15 +54,10 @@ C10_ALWAYS_INLINE V load_inside(const from_t* from, uint32_t inside, V other) {
   } else if constexpr (std::is_same_v<from_t, c10::BFloat16>) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
     return as<V>(_mm512_mask_slli_epi32(as<__m512i>(other), mask, wide, 16));
-  } else if constexpr (std::is_same_v<from_t, c10::Half>) {
+  } else {
+    static_assert(std::is_same_v<from_t, c10::Half>);
     const __m256i halves = _mm256_maskz_loadu_epi16(mask, from);
     return as<V>(_mm512_mask_cvtph_ps(as<__m512>(other), mask, halves));
-  } else if constexpr (sizeof(T) == 4) {
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, from);
-    return as<V>(_mm512_mask_cvtepu8_epi32(as<__m512i>(other), mask, bytes));
-  } else {
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, from);
-    return as<V>(_mm512_mask_cvtepu8_epi64(as<__m512i>(other), static_cast<__mmask8>(mask), bytes));
   }
 }
 

@@ -16,7 +16,7 @@ namespace dlops::cpu {
 namespace {
 
 template <class scalar_t>
-struct MaskedRows {
+struct MaskedWindows {
   using Window = Windows<scalar_t, uint8_t, 1>;
   using T = typename Window::value_t;
   using id_t = typename Window::id_t;
@@ -153,15 +153,15 @@ struct MaskedRows {
 template <int64_t stride, class scalar_t>
 void max_pool2d_masked(const Pool2dGeometry& g, int64_t planes, int64_t oh0, int64_t oh1,
                        const scalar_t* input, scalar_t* output, uint8_t* cells) {
-  using Rows = MaskedRows<scalar_t>;
-  typename Rows::Blocks blocks;
-  for (int64_t ow = 0; ow < g.OW; ow += Rows::kBlocks * Rows::lanes) {
-    Rows::template place_blocks<stride>(g, ow, blocks);
+  using Pooling = MaskedWindows<scalar_t>;
+  typename Pooling::Blocks blocks;
+  for (int64_t ow = 0; ow < g.OW; ow += Pooling::kBlocks * Pooling::lanes) {
+    Pooling::template place_blocks<stride>(g, ow, blocks);
     for_each_pair(g, planes, [&](int64_t p, auto some, auto width) {
       const int64_t plane = p * g.OH * g.OW;
-      Rows::template forward<stride, some, width>(g, blocks, input + p * g.H * g.W, oh0, oh1,
-                                                  output + plane,
-                                                  cells == nullptr ? nullptr : cells + plane);
+      Pooling::template forward<stride, some, width>(g, blocks, input + p * g.H * g.W, oh0, oh1,
+                                                     output + plane,
+                                                     cells == nullptr ? nullptr : cells + plane);
     });
   }
 }

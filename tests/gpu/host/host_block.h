@@ -12,7 +12,9 @@
 #include <map>
 #include <memory>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
+#include <typeinfo>
 #include <vector>
 
 #include "cuda/boxes.h"
@@ -27,6 +29,15 @@ struct BoxMap {
 // How many boxes of pixels have come: for tests.
 extern "C" {
 inline int64_t dlops_boxes_of_pixels = 0;
+}
+
+// How often tiles of a type have been launched whose name holds `part`: for tests.
+inline std::map<std::string, int64_t> launches_by_name;
+extern "C" __attribute__((used)) inline int64_t dlops_launches(const char* part) {
+  int64_t count = 0;
+  for (const auto& [name, launches] : launches_by_name)
+    if (name.find(part) != std::string::npos) count += launches;
+  return count;
 }
 
 inline BoxMap map_rows(const BoxesOfRows& boxes) { return {boxes, {}}; }
@@ -342,6 +353,7 @@ class Block {
 template <class Tiles>
 void for_each_tile(const Tiles& tiles) {
   static_assert(Tiles::kThreads == Block::kThreads);
+  ++launches_by_name[typeid(Tiles).name()];
   for (int64_t tile = 0; tile < tiles.count(); ++tile) {
     // All ones: not a number, wherever memory is read that nobody wrote.
     std::vector<unsigned char> memory(Tiles::kSharedBytes + 1024, 0xff);
