@@ -1,4 +1,4 @@
-// Which convolutions implicit GEMM takes, and how its tiles come by their images.
+// Which convolutions implicit GEMM takes, and how its tiles come by their images and weights.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 
