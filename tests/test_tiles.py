@@ -1,4 +1,4 @@
-"""The product by AMX, whose instructions tests/tiles/played_tiles.h plays on any machine."""
+"""Products and transposes by tiles, as programs of their own: tests/tiles/."""
 
 from __future__ import annotations
 
@@ -7,22 +7,48 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from torch.utils import cpp_extension
 
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 
+if CSRC.exists():
+    from build_support.build_ext import CAPABILITIES
+else:
+    CAPABILITIES = []
 
-@pytest.mark.skipif(not CSRC.exists(), reason="needs the source tree; this is a test of the wheel")
-def test_product(tmp_path: Path) -> None:
-    program = tmp_path / "matmul_tiles"
+pytestmark = pytest.mark.skipif(
+    not CSRC.exists(), reason="needs the source tree; this is a test of the wheel"
+)
+
+
+def build_and_run(program: Path, source: str, *flags: str) -> None:
+    """tests/tiles/`program`.cpp with csrc/cpu/`source`."""
     include = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
     command: list[str | Path] = [*os.environ.get("CXX", "g++").split(), "-std=c++20", "-O1", "-g1"]
-    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command += ["-Wall", "-Wextra", "-Wconversion", "-Werror", "-DDLOPS_PLAYED_TILES"]
+    command += ["-Wall", "-Wextra", "-Wconversion", "-Werror", *flags]
     command += ["-I", CSRC, "-I", TESTS / "tiles", *include]
-    command += [TESTS / "tiles" / "matmul_tiles.cpp", CSRC / "cpu" / "matmul_tiles.cpp"]
-    built = subprocess.run([*command, "-o", program], capture_output=True, text=True)
+    command += [TESTS / "tiles" / f"{program.name}.cpp", CSRC / "cpu" / source, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_product(tmp_path: Path) -> None:
+    """By AMX, whose instructions tests/tiles/played_tiles.h plays on any machine."""
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    build_and_run(
+        tmp_path / "matmul_tiles", "matmul_tiles.cpp", "-DDLOPS_PLAYED_TILES", *sanitizers
+    )
+
+
+@pytest.mark.parametrize("level", range(len(CAPABILITIES)))
+def test_transpose(tmp_path: Path, level: int) -> None:
+    capability = CAPABILITIES[level]
+    here = torch.backends.cpu.get_cpu_capability()
+    if level > 0 and here not in [each.vec for each in CAPABILITIES[level:]]:
+        pytest.skip(f"this CPU has no {capability.name}")
+    flags = [f"-DDLOPS_CAPABILITY={level}", *capability.flags]
+    build_and_run(tmp_path / "transpose", "simd/transpose.cpp", *flags)

@@ -37,6 +37,7 @@
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/transpose.h"
 #include "cpu/sums.h"
 
 namespace dlops::cpu {

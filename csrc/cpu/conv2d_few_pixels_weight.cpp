@@ -11,6 +11,7 @@
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 namespace {

@@ -17,6 +17,7 @@
 #include "cpu/grain.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/conv2d.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 

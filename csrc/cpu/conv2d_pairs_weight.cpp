@@ -9,6 +9,7 @@
 #include "cpu/conv2d_strip_copies.h"
 #include "cpu/matmul.h"
 #include "cpu/simd/conv2d_planes.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 namespace {

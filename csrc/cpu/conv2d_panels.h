@@ -16,6 +16,7 @@
 #include "conv2d_math.h"
 #include "cpu/capability.h"
 #include "cpu/simd/conv2d.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 

@@ -18,6 +18,7 @@
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/conv2d.h"
+#include "cpu/simd/transpose.h"
 #include "cpu/sums.h"
 
 namespace dlops::cpu {

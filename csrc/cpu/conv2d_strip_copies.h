@@ -7,6 +7,7 @@
 #include "cpu/capability.h"
 #include "cpu/conv2d_taps.h"
 #include "cpu/simd/conv2d.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 

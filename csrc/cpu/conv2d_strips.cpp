@@ -18,6 +18,7 @@
 #include "cpu/grain.h"
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 namespace {

@@ -15,6 +15,7 @@
 #include "cpu/matmul.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/conv2d_winograd.h"
+#include "cpu/simd/transpose.h"
 
 namespace dlops::cpu {
 namespace {

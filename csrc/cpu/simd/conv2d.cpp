@@ -318,70 +318,6 @@ void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int6
   }
 }
 
-template <class T>
-constexpr bool is_low = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>;
-
-#if DLOPS_CAPABILITY == 2
-namespace {
-
-// Of types of two bytes, or from or to such a type; at::vec turns at most 32 x 32 of them.
-template <class from_t, class to_t>
-void transpose_tiles(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
-                     int64_t to_ld) {
-  constexpr int64_t size = 32;
-  using low_t = std::conditional_t<is_low<from_t>, from_t, to_t>;
-  const auto turn = [](const low_t* a, int64_t a_ld, int64_t m, int64_t n, low_t* b, int64_t b_ld) {
-    at::vec::transpose_mxn<low_t>(a, a_ld, b, b_ld, static_cast<int>(m), static_cast<int>(n));
-  };
-  // Its masks of 31 elements overflow an int.
-  const auto part = [&](int64_t rest) { return rest == 31 ? 16 : std::min(size, rest); };
-  alignas(64) low_t tile[size * size];
-  for (int64_t i = 0, m; i < rows; i += m) {
-    m = part(rows - i);
-    for (int64_t j = 0, n; j < cols; j += n) {
-      n = part(cols - j);
-      const from_t* a = from + i * from_ld + j;
-      to_t* b = to + j * to_ld + i;
-      if constexpr (std::is_same_v<from_t, to_t>) {
-        turn(a, from_ld, m, n, b, to_ld);
-      } else if constexpr (is_low<to_t>) {
-        for (int64_t k = 0; k < m; ++k) convert_values(a + k * from_ld, tile + k * size, n);
-        turn(tile, size, m, n, b, to_ld);
-      } else {
-        turn(a, from_ld, m, n, tile, size);
-        for (int64_t k = 0; k < n; ++k) convert_values(tile + k * size, b + k * to_ld, m);
-      }
-    }
-  }
-}
-
-}  // namespace
-#endif
-
-template <int capability, class from_t, class to_t>
-void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
-               int64_t to_ld) {
-  if constexpr (std::is_same_v<from_t, to_t> && std::is_floating_point_v<to_t>) {
-    at::vec::transpose_mxn<to_t>(from, from_ld, to, to_ld, static_cast<int>(rows),
-                                 static_cast<int>(cols));
-    return;
-  }
-#if DLOPS_CAPABILITY == 2
-  if constexpr (is_low<from_t> || is_low<to_t>)
-    return transpose_tiles(from, from_ld, rows, cols, to, to_ld);
-#endif
-  constexpr int64_t tile = 16;  // one cache line of float32 either way
-  for (int64_t i0 = 0; i0 < rows; i0 += tile) {
-    const int64_t i1 = std::min(rows, i0 + tile);
-    for (int64_t j0 = 0; j0 < cols; j0 += tile) {
-      const int64_t j1 = std::min(cols, j0 + tile);
-      for (int64_t j = j0; j < j1; ++j)
-        for (int64_t i = i0; i < i1; ++i)
-          to[j * to_ld + i] = static_cast<to_t>(from[i * from_ld + j]);
-    }
-  }
-}
-
 namespace {
 
 // Copies runs as `vectors` whole vectors each; what is too much is written over by the next run.
@@ -505,15 +441,6 @@ void pair_rows(const T* even, const T* odd, int64_t ld, int64_t pairs, T* to, in
   }
 }
 
-template <int capability, class T>
-void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols, T* to,
-                     int64_t to_ld) {
-  static_assert(2 * sizeof(T) == sizeof(float));  // which are moved, whatever they mean
-  at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(from), from_ld,
-                                reinterpret_cast<float*>(to), to_ld, static_cast<int>(rows),
-                                static_cast<int>(cols));
-}
-
 #define DLOPS_INSTANTIATE_FILL(input_t, column_t)                                     \
   template void fill_columns<DLOPS_CAPABILITY, input_t, column_t>(                    \
       const Conv2dGeometry&, const ColumnBlock&, const input_t*, column_t*, int64_t); \
@@ -533,8 +460,6 @@ void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols,
                                                                     scalar_t*, int64_t);          \
   template void convert_row_plus_row<DLOPS_CAPABILITY, sum_t, scalar_t>(                          \
       const sum_t*, const sum_t*, scalar_t*, int64_t);                                            \
-  template void transpose<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t, int64_t,   \
-                                                             int64_t, sum_t*, int64_t);           \
   template void add_row<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, sum_t*, int64_t);     \
   template void sum_rows<DLOPS_CAPABILITY, scalar_t, sum_t>(const scalar_t*, int64_t, int64_t,    \
                                                             sum_t*);                              \
@@ -545,25 +470,17 @@ void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols,
   DLOPS_INSTANTIATE_SCATTER(scalar_t, scalar_t) \
   DLOPS_INSTANTIATE_COPIES(scalar_t, scalar_t)
 
-#define DLOPS_INSTANTIATE_LOW(scalar_t)                                                           \
-  DLOPS_INSTANTIATE_FILL(scalar_t, scalar_t)                                                      \
-  DLOPS_INSTANTIATE_FILL(scalar_t, float)                                                         \
-  DLOPS_INSTANTIATE_SCATTER(scalar_t, float)                                                      \
-  DLOPS_INSTANTIATE_COPIES(scalar_t, float)                                                       \
-  template void convert_row<DLOPS_CAPABILITY, float, scalar_t>(const float*, scalar_t*, int64_t); \
-  template void transpose<DLOPS_CAPABILITY, float, scalar_t>(const float*, int64_t, int64_t,      \
-                                                             int64_t, scalar_t*, int64_t);
+#define DLOPS_INSTANTIATE_LOW(scalar_t)      \
+  DLOPS_INSTANTIATE_FILL(scalar_t, scalar_t) \
+  DLOPS_INSTANTIATE_FILL(scalar_t, float)    \
+  DLOPS_INSTANTIATE_SCATTER(scalar_t, float) \
+  DLOPS_INSTANTIATE_COPIES(scalar_t, float)  \
+  template void convert_row<DLOPS_CAPABILITY, float, scalar_t>(const float*, scalar_t*, int64_t);
 
 template void convert_row<DLOPS_CAPABILITY, c10::BFloat16, c10::BFloat16>(const c10::BFloat16*,
                                                                           c10::BFloat16*, int64_t);
-template void transpose<DLOPS_CAPABILITY, c10::BFloat16, c10::BFloat16>(const c10::BFloat16*,
-                                                                        int64_t, int64_t, int64_t,
-                                                                        c10::BFloat16*, int64_t);
 template void pair_rows<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, const c10::BFloat16*,
                                                          int64_t, int64_t, c10::BFloat16*, int64_t);
-template void transpose_pairs<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t,
-                                                               int64_t, int64_t, c10::BFloat16*,
-                                                               int64_t);
 template bool split_row<DLOPS_CAPABILITY>(const float*, c10::BFloat16*, c10::BFloat16*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, c10::BFloat16>(const c10::BFloat16*, int64_t);
 template bool all_finite<DLOPS_CAPABILITY, double>(const double*, int64_t);

@@ -45,18 +45,10 @@ void convert_row_plus(const from_t* from, from_t bias, to_t* to, int64_t count);
 // to[i] = from[i] + bias[i], converted.
 template <int capability, class from_t, class to_t>
 void convert_row_plus_row(const from_t* from, const from_t* bias, to_t* to, int64_t count);
-// to[j][i] = from[i][j] for i < rows, j < cols.
-template <int capability, class from_t, class to_t>
-void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
-               int64_t to_ld);
 // to[p][i] = (even[p][i], odd[p][i]) for `count` elements: rows of a matrix, every other one of
 // which is `ld` further on, as one of pairs.
 template <int capability, class T>
 void pair_rows(const T* even, const T* odd, int64_t ld, int64_t pairs, T* to, int64_t count);
-// to[j][i] = from[i][j] for pairs of elements, i < rows, j < cols. Counted in pairs all through.
-template <int capability, class T>
-void transpose_pairs(const T* from, int64_t from_ld, int64_t rows, int64_t cols, T* to,
-                     int64_t to_ld);
 // `count` elements of each run, one run after the other, and `pad` zeros, for each of `times`
 // pixels; then the runs begin `step` further on. Returns where the next pixel goes. May read and
 // write kRunSlack elements more than these.

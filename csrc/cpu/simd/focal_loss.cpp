@@ -7,6 +7,7 @@
 #include <array>
 
 #include "cpu/simd/focal_softmax.h"
+#include "cpu/simd/transpose_tiles.h"
 
 // A vector's lanes are rows: a tile holds `lanes` rows, class by class, so that every sum over
 // classes is a loop over vectors, in the same order for each row, whatever its neighbours and the
@@ -37,34 +38,26 @@ struct Rows {
   // Copies the rows' elements of a tensor like the input into a tile. Missing lanes are 0.
   void read(const scalar_t* from, T* tile) const {
     if (count < lanes) std::fill_n(tile, tile_size(args.classes), T(0));
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      if (args.inner == 1) {
-        at::vec::transpose_mxn<T>(from + first * args.classes, args.classes, tile, lanes,
-                                  static_cast<int>(count), static_cast<int>(args.classes));
-        return;
-      }
+    if (args.inner == 1) {
+      const scalar_t* rows = from + first * args.classes;
+      return transpose_tiles(rows, args.classes, count, args.classes, tile, lanes);
     }
     for_each_element(
         [&](int64_t at, int64_t element) { tile[at] = static_cast<T>(from[element]); });
   }
   void write(const T* tile, scalar_t* to) const {
-    if constexpr (std::is_same_v<scalar_t, T>) {
-      if (args.inner == 1) {
-        at::vec::transpose_mxn<T>(tile, lanes, to + first * args.classes, args.classes,
-                                  static_cast<int>(args.classes), static_cast<int>(count));
-        return;
-      }
+    if (args.inner == 1) {
+      scalar_t* rows = to + first * args.classes;
+      return transpose_tiles(tile, lanes, args.classes, count, rows, args.classes);
     }
     for_each_element(
         [&](int64_t at, int64_t element) { to[element] = static_cast<scalar_t>(tile[at]); });
   }
-  // Calls f(place in the tile, place in the tensor), along the tensor's memory.
+  // Calls f(place in the tile, place in the tensor), along the memory of a tensor whose rows are
+  // not contiguous.
   template <class F>
   void for_each_element(const F& f) const {
-    if (args.inner == 1) {
-      for (int64_t l = 0; l < count; ++l)
-        for (int64_t c = 0; c < args.classes; ++c) f(c * lanes + l, (first + l) * args.classes + c);
-    } else if (first % args.inner + count <= args.inner) {
+    if (first % args.inner + count <= args.inner) {
       const int64_t start = offset(first);
       for (int64_t c = 0; c < args.classes; ++c)
         for (int64_t l = 0; l < count; ++l) f(c * lanes + l, start + c * args.inner + l);

@@ -23,17 +23,6 @@ inline bool masked_rows(const Pool2dGeometry& g) {
          g.kernel_h <= kLargestMasked && g.kernel_w <= kLargestMasked;
 }
 
-template <int64_t value>
-using Constant = std::integral_constant<int64_t, value>;
-
-// Calls f(i) for 0 <= i < count, all known to the compiler: what they index stays in registers.
-template <int64_t count, class F>
-C10_ALWAYS_INLINE void unrolled(const F& f) {
-  [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) {
-    (f(Constant<i>()), ...);
-  }(std::make_integer_sequence<int64_t, count>());
-}
-
 // The lanes l for which 0 <= at + l < size, as bits.
 template <int64_t lanes>
 C10_ALWAYS_INLINE uint32_t lanes_inside(int64_t at, int64_t size) {
