@@ -240,6 +240,21 @@ def test_rows_of_several_vectors(
 
 
 @pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("size", [(3, 3), (5, 3), (13, 13), (9, 19), (64, 16), (33, 32)], ids=str)
+@parametrize("planes", [(1, 15), (16, 1), (3, 21), (1, 64), (2, 65), (7, 37)], ids=str)
+def test_small_planes(planes: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Which are pooled many at a time: fewer than that, as many, and some left over."""
+    values = normal((*planes, *size), sum(planes))
+    ties = values.round()
+    nans = values.masked_fill(values > 1.5, NAN).masked_fill(values < -1, -INF)
+    for window in [(2, 2, 0, 1), (3, 2, 1, 1), (3, 1, 1, 1), (2, 3, 1, 2), ((3, 2), (1, 4), 1, 1)]:
+        case = MaxPool2dCase("small", values.shape, *window, ceil_mode=True)
+        for x in (values, ties, nans):
+            check_bits(case, x.to(dtype))
+
+
+@pytest.mark.exact
 @parametrize("layout", ["contiguous", "channels_last"])
 def test_gradients_of_fewer_windows_than_fit(layout: str) -> None:
     """The raw operator takes them: what no window reaches has no gradient."""

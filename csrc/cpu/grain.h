@@ -9,9 +9,12 @@ namespace dlops::cpu {
 // Multiply-adds below which waking another thread costs more than it saves.
 constexpr int64_t kWorkPerThread = 1 << 16;
 
+// The same for elements of pooling windows.
+constexpr int64_t kVisitsPerThread = 1 << 14;
+
 // at::parallel_for's grain for tasks of so many multiply-adds.
-inline int64_t grain(int64_t work_per_task) {
-  return std::max<int64_t>(1, kWorkPerThread / std::max<int64_t>(1, work_per_task));
+inline int64_t grain(int64_t work_per_task, int64_t work_per_thread = kWorkPerThread) {
+  return std::max<int64_t>(1, work_per_thread / std::max<int64_t>(1, work_per_task));
 }
 
 }  // namespace dlops::cpu

@@ -10,14 +10,13 @@
 
 #include "common/checks.h"
 #include "cpu/capability.h"
+#include "cpu/grain.h"
+#include "cpu/max_pool2d_turned.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/max_pool2d.h"
 
 namespace dlops::cpu {
 namespace {
-
-// Window visits below which waking another thread costs more than it saves.
-constexpr int64_t kVisitsPerThread = 1 << 14;
 
 bool channels_last(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
 
@@ -27,9 +26,8 @@ template <class F>
 void parallel_planes(int64_t parts, int64_t rows, int64_t visits_per_row, const F& f) {
   const int64_t run = parts >= 64 ? rows : std::min<int64_t>(rows, 16);
   const int64_t runs = ceil_div(rows, run);
-  const int64_t grain =
-      std::max<int64_t>(1, kVisitsPerThread / std::max<int64_t>(1, run * visits_per_row));
-  at::parallel_for(0, parts * runs, grain, [&](int64_t begin, int64_t end) {
+  const int64_t each = grain(run * visits_per_row, kVisitsPerThread);
+  at::parallel_for(0, parts * runs, each, [&](int64_t begin, int64_t end) {
     if (runs == 1) return f(begin, end - begin, 0, rows);
     for (int64_t i = begin; i < end; ++i)
       f(i / runs, 1, i % runs * run, std::min(rows, (i % runs + 1) * run));
@@ -68,6 +66,8 @@ void forward(const Pool2dGeometry& g, const at::Tensor& input, const at::Tensor&
     });
     return;
   }
+  if constexpr (std::is_same_v<cell_t, uint8_t> && !std::is_integral_v<scalar_t>)
+    if (TurnedPlanes<scalar_t>::serves(g)) return TurnedPlanes<scalar_t>(g).forward(in, out, cells);
   if constexpr (std::is_same_v<cell_t, uint8_t>) {
     if (side_by_side(g)) {
       const auto rows = DLOPS_SIMD(max_pool2d_pairs, scalar_t);
@@ -223,8 +223,11 @@ void scatter(const Pool2dGeometry& g, const at::Tensor& grad_output, const at::T
   const cell_t* chosen = cells.const_data_ptr<cell_t>();
   scalar_t* to = grad_input.mutable_data_ptr<scalar_t>();
   const bool last = channels_last(cells.suggest_memory_format());
-  if constexpr (std::is_same_v<cell_t, uint8_t>)
+  if constexpr (std::is_same_v<cell_t, uint8_t>) {
+    if (!last && TurnedPlanes<scalar_t>::serves(g))
+      return TurnedPlanes<scalar_t>(g).scatter(grad, chosen, to);
     if (side_by_side(g)) return scatter_pairs(g, last, grad, chosen, to);
+  }
   if (last) {
     const auto rows = DLOPS_SIMD(max_pool2d_scatter_rows_last, scalar_t, cell_t);
     parallel_rows(g.N, g.H, g.W * g.C, [&](int64_t n, int64_t begin, int64_t end) {

@@ -68,20 +68,27 @@ template <int64_t lanes, class from_t, class to_t>
 [[gnu::flatten]] C10_NOINLINE void transpose_by(const from_t* from, int64_t from_ld, int64_t rows,
                                                 int64_t cols, to_t* to, int64_t to_ld) {
   const bool whole = rows >= lanes && cols >= lanes;
-  for (int64_t i = 0; i < rows; i += lanes) {
-    for (int64_t j = 0; j < cols; j += lanes) {
-      // The last ones overlap those before.
-      const int64_t row = rows < lanes ? 0 : std::min(i, rows - lanes);
-      const int64_t col = cols < lanes ? 0 : std::min(j, cols - lanes);
-      const from_t* tile = from + row * from_ld + col;
-      to_t* turned = to + col * to_ld + row;
-      if (whole) {
-        transpose_tile<lanes>(tile, from_ld, lanes, lanes, turned, to_ld);
-      } else {
-        transpose_tile<lanes>(tile, from_ld, std::min(rows, lanes), std::min(cols, lanes), turned,
-                              to_ld);
-      }
+  const auto turn = [&](int64_t i, int64_t j) {
+    // The last ones overlap those before.
+    const int64_t row = rows < lanes ? 0 : std::min(i, rows - lanes);
+    const int64_t col = cols < lanes ? 0 : std::min(j, cols - lanes);
+    const from_t* tile = from + row * from_ld + col;
+    to_t* turned = to + col * to_ld + row;
+    if (whole) {
+      transpose_tile<lanes>(tile, from_ld, lanes, lanes, turned, to_ld);
+    } else {
+      transpose_tile<lanes>(tile, from_ld, std::min(rows, lanes), std::min(cols, lanes), turned,
+                            to_ld);
     }
+  };
+  // Along the rows that are further apart, so that few of them are at work at a time: their parts
+  // may share a place in the caches.
+  if (from_ld >= to_ld) {
+    for (int64_t i = 0; i < rows; i += lanes)
+      for (int64_t j = 0; j < cols; j += lanes) turn(i, j);
+  } else {
+    for (int64_t j = 0; j < cols; j += lanes)
+      for (int64_t i = 0; i < rows; i += lanes) turn(i, j);
   }
 }
 
