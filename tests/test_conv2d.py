@@ -396,6 +396,30 @@ def large_conv2d_cases(draw: st.DrawFn) -> Conv2dCase:
     )
 
 
+@st.composite
+def first_layers(draw: st.DrawFn) -> Conv2dCase:
+    """Images of few channels that meet rows of outputs, or channels, which fill vectors or not."""
+
+    def pair(values: st.SearchStrategy[int]) -> tuple[int, int]:
+        return draw(values), draw(values)
+
+    kernel, dilation, padding = (pair(st.integers(*ends)) for ends in [(1, 7), (1, 3), (0, 4)])
+    least = [max(1, dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i]) for i in range(2)]
+    image = [draw(st.integers(size, size + 40)) for size in least]
+    groups, channels = draw(sizes(2)), draw(st.sampled_from([1, 2, 3, 8]))
+    outputs = draw(st.sampled_from([7, 16, 17, 24, 31, 32, 40, 64, 100]))
+    return Conv2dCase(
+        "drawn",
+        (draw(sizes(2)), groups * channels, *image),
+        (groups * outputs, channels, *kernel),
+        stride=pair(st.integers(1, 5)),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+    )
+
+
 def inner(x: Tensor, y: Tensor) -> float:
     return (comparable(x) * comparable(y)).sum().item()
 
@@ -408,6 +432,14 @@ def test_linear_in_input_and_weight(case: Conv2dCase) -> None:
     y, other = small_integers(case.input, 7), small_integers(case.weight, 8)
     assert torch.equal(conv(2 * x + y, weight), 2 * conv(x, weight) + conv(y, weight))
     assert torch.equal(conv(x, 2 * weight + other), 2 * conv(x, weight) + conv(x, other))
+
+
+@pytest.mark.property
+@parametrize("dtype", [torch.float32, torch.float64], ids=ids)
+@settings(max_examples=100)
+@given(case=first_layers())
+def test_first_layers_are_exact(case: Conv2dCase, dtype: torch.dtype) -> None:
+    check_exact(*both(case), case.tensors(small_integers), dtype)
 
 
 @pytest.mark.property

@@ -4,9 +4,10 @@
 //   output[o, y, (0 .. OW-1)] = sum over c, r and s of weight[o, c, r, s] * row[c, y + r][s + (0 ..
 //   OW-1)]
 //
-// is a matrix product for each row of outputs, whose right matrix is rows of the image that
-// overlap. Images are copied with their padding, a strip of rows at a time. The gradient of the
-// weight has an order of its own: conv2d_rows_weight.cpp.
+// is a matrix product for each row of outputs, one of whose matrices is rows of the image that
+// overlap: the right one, or the left one of the product turned round, where channels fill vectors
+// better than pixels do. Images are copied with their padding, a strip of rows at a time. The
+// gradient of the weight has an order of its own: conv2d_rows_weight.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -15,7 +16,8 @@
 
 namespace dlops::cpu {
 
-// Whether the forward pass serves images of this type, and rows of outputs fill vectors.
+// Whether the forward pass serves images of this type, and rows of outputs or channels fill
+// vectors.
 bool takes_rows(const Conv2dGeometry& g, at::ScalarType dtype);
 
 // All tensors are contiguous.
