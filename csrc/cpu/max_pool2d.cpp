@@ -1,5 +1,5 @@
-// Max pooling on the CPU: splits the work among threads by rows; the loops are in
-// simd/max_pool2d.cpp.
+// Max pooling on the CPU: splits the work among threads by rows, or by small planes
+// (max_pool2d_turned.h); the loops are in simd/max_pool2d.cpp.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -66,9 +66,11 @@ void forward(const Pool2dGeometry& g, const at::Tensor& input, const at::Tensor&
     });
     return;
   }
-  if constexpr (std::is_same_v<cell_t, uint8_t> && !std::is_integral_v<scalar_t>)
-    if (TurnedPlanes<scalar_t>::serves(g)) return TurnedPlanes<scalar_t>(g).forward(in, out, cells);
   if constexpr (std::is_same_v<cell_t, uint8_t>) {
+    if constexpr (!std::is_integral_v<scalar_t>) {
+      const TurnedPlanes<scalar_t> turned(g);
+      if (turned.serve()) return turned.forward(in, out, cells);
+    }
     if (side_by_side(g)) {
       const auto rows = DLOPS_SIMD(max_pool2d_pairs, scalar_t);
       parallel_planes(g.N * g.C, g.OH, g.OW * g.cells(),
@@ -224,8 +226,8 @@ void scatter(const Pool2dGeometry& g, const at::Tensor& grad_output, const at::T
   scalar_t* to = grad_input.mutable_data_ptr<scalar_t>();
   const bool last = channels_last(cells.suggest_memory_format());
   if constexpr (std::is_same_v<cell_t, uint8_t>) {
-    if (!last && TurnedPlanes<scalar_t>::serves(g))
-      return TurnedPlanes<scalar_t>(g).scatter(grad, chosen, to);
+    const TurnedPlanes<scalar_t> turned(g);
+    if (!last && turned.serve()) return turned.scatter(grad, chosen, to);
     if (side_by_side(g)) return scatter_pairs(g, last, grad, chosen, to);
   }
   if (last) {

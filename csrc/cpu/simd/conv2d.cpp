@@ -1,6 +1,5 @@
 #include "cpu/simd/conv2d.h"
 
-#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>

@@ -1,7 +1,7 @@
 // Vectors from and to memory, converted: whole ones and parts.
 #pragma once
 
-#if DLOPS_CAPABILITY >= 1
+#if DLOPS_CAPABILITY == 2
 #include <immintrin.h>
 #endif
 

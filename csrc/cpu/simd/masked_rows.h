@@ -2,12 +2,14 @@
 // image ends, so that no row is copied. For windows without gaps, one or two columns apart.
 #pragma once
 
+#include <c10/macros/Macros.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
-#include <utility>
 
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/pool_windows.h"

@@ -4,6 +4,9 @@
 #include <c10/util/Half.h>
 #include <c10/util/complex.h>
 
+#include <algorithm>
+#include <cstdint>
+
 #include "cpu/simd/transpose_tiles.h"
 
 namespace dlops::cpu {
@@ -14,8 +17,12 @@ void transpose(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, 
   if constexpr (sizeof(from_t) <= sizeof(uint64_t)) {
     transpose_tiles(from, from_ld, rows, cols, to, to_ld);
   } else {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) to[j * to_ld + i] = from[i * from_ld + j];
+    constexpr int64_t tile = 8;  // the caches hold what is begun of each row
+    for (int64_t i0 = 0; i0 < rows; i0 += tile)
+      for (int64_t j0 = 0; j0 < cols; j0 += tile)
+        for (int64_t j = j0; j < std::min(cols, j0 + tile); ++j)
+          for (int64_t i = i0; i < std::min(rows, i0 + tile); ++i)
+            to[j * to_ld + i] = from[i * from_ld + j];
   }
 }
 

@@ -9,6 +9,8 @@
 #include <type_traits>
 
 #include "cpu/simd/lanes.h"
+#include "cpu/simd/low_precision.h"
+#include "cpu/simd/vectors.h"
 
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
@@ -63,7 +65,7 @@ C10_ALWAYS_INLINE void transpose_tile(const from_t* from, int64_t from_ld, int64
   });
 }
 
-// Flattened: what is called in it takes the whole square, which then would go through memory.
+// Flattened, as a square that was handed to a function would go through memory.
 template <int64_t lanes, class from_t, class to_t>
 [[gnu::flatten]] C10_NOINLINE void transpose_by(const from_t* from, int64_t from_ld, int64_t rows,
                                                 int64_t cols, to_t* to, int64_t to_ld) {
@@ -97,7 +99,8 @@ template <class from_t, class to_t>
 void transpose_tiles(const from_t* from, int64_t from_ld, int64_t rows, int64_t cols, to_t* to,
                      int64_t to_ld) {
   constexpr auto size = static_cast<int64_t>(std::max(sizeof(from_t), sizeof(to_t)));
-  constexpr int64_t widest = std::min<int64_t>(16, kVectorBytes / size);  // wider ones take longer
+  constexpr int64_t widest =
+      std::min<int64_t>(16, kVectorBytes / size);  // of bytes and pairs of them, the fastest
   const auto by = [&](auto lanes) { transpose_by<lanes>(from, from_ld, rows, cols, to, to_ld); };
   const int64_t narrow = std::min(rows, cols);
   if constexpr (widest > 8)

@@ -4,6 +4,7 @@
 
 #include <c10/macros/Macros.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -54,26 +55,26 @@ V as(R bits) {
   return values;
 }
 
-// Lane number from(l) of two vectors in a row, for each lane l.
+// Lane number F()(l) of two vectors in a row, for each lane l.
 template <class T, int64_t lanes, class F>
-Vector<T, lanes> shuffled(Vector<T, lanes> a, Vector<T, lanes> b, const F& from) {
-  return [&]<size_t... l>(std::index_sequence<l...>) {
+C10_ALWAYS_INLINE Vector<T, lanes> shuffled(Vector<T, lanes> a, Vector<T, lanes> b, F) {
+  return [&]<size_t... l>(std::index_sequence<l...>) __attribute__((always_inline)) {
 #if defined(__clang__)
-    return __builtin_shufflevector(a, b, from(l)...);
+    return __builtin_shufflevector(a, b, F()(l)...);
 #else
     using id_t = UnsignedOf<T>;
-    return __builtin_shuffle(a, b, Vector<id_t, lanes>{static_cast<id_t>(from(l))...});
+    return __builtin_shuffle(a, b, Vector<id_t, lanes>{static_cast<id_t>(F()(l))...});
 #endif
   }(std::make_index_sequence<lanes>());
 }
 // Lanes `first`, `first` + 2, ... of two vectors in a row.
 template <size_t first, class T, int64_t lanes>
-Vector<T, lanes> every_second(Vector<T, lanes> a, Vector<T, lanes> b) {
+C10_ALWAYS_INLINE Vector<T, lanes> every_second(Vector<T, lanes> a, Vector<T, lanes> b) {
   return shuffled<T, lanes>(a, b, [](size_t l) constexpr { return first + 2 * l; });
 }
 // The lanes of two vectors in turn: one half of them.
 template <size_t half, class T, int64_t lanes>
-Vector<T, lanes> in_turn(Vector<T, lanes> a, Vector<T, lanes> b) {
+C10_ALWAYS_INLINE Vector<T, lanes> in_turn(Vector<T, lanes> a, Vector<T, lanes> b) {
   return shuffled<T, lanes>(
       a, b, [](size_t l) constexpr { return half * lanes / 2 + l / 2 + l % 2 * lanes; });
 }
