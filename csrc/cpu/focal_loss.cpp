@@ -81,7 +81,10 @@ struct Call {
   bool class_is_innermost() const {
     return shape.inner == 1 || format != at::MemoryFormat::Contiguous;
   }
-  bool wide() const { return class_is_innermost() && shape.classes >= kWideClasses; }
+  bool wide() const {
+    const bool of16 = capability() == kAvx512 && input.scalar_type() != at::kDouble;
+    return class_is_innermost() && shape.classes >= (of16 ? kWideClassesOf16 : kWideClasses);
+  }
   // Rows that one task works on: about 16 K elements, whole vectors of rows where there are more.
   int64_t chunk(int64_t least) const {
     constexpr int64_t kVector = 16;

@@ -36,8 +36,9 @@ int64_t focal_loss_scratch(int64_t classes);
 
 // Each computes rows [begin, end). The results are written where their pointer is not null. Those
 // for wide rows read the classes of a row where they are, side by side (inner is 1), and need no
-// working memory; they are the faster ones from kWideClasses on.
-constexpr int64_t kWideClasses = 24;
+// working memory; they are the faster ones from so many classes on. Where 16 rows fill a vector
+// they have to be more, as rows are turned round faster.
+constexpr int64_t kWideClasses = 24, kWideClassesOf16 = 32;
 
 // Returns the sum of the losses.
 template <int capability, class scalar_t>
