@@ -3,8 +3,8 @@
     DLOPS_FUZZ_EXAMPLES=20000 python -m pytest tests/fuzz
 
 runs more examples of each op than the 500 of the default suite, and others in every run. Those of
-the default suite are the same in all: now and then native's convolution crashes in oneDNN, and takes
-the suite along. A failure prints the call.
+the default suite are the same in all: now and then native's convolution crashes in oneDNN, and
+takes the suite along. A failure prints the call.
 """
 
 from __future__ import annotations
