@@ -32,7 +32,7 @@ struct GradWeightTiles
   static constexpr int kPixels = P::kDepth;
   static constexpr int kTapBytes = gathers ? kColumns * static_cast<int>(sizeof(Tap)) : 0;
   static constexpr int kSharedBytes =
-      T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : kTapBytes);
+      P::kStages * kStageBytes + (by_boxes ? P::Room::kBarrierBytes : kTapBytes);
 
   static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
@@ -132,14 +132,14 @@ struct GradWeightTiles
   DLOPS_DEVICE void copy_and_multiply(Block& block, unsigned char* shared, const Place& place,
                                       int64_t steps, const F& stage,
                                       const G& multiply_stage) const {
-    Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
+    Tap* const taps = reinterpret_cast<Tap*>(shared + P::kStages * kStageBytes);
     if constexpr (gathers) {
       block.threads([&](int thread) {
         if (thread < kColumns) taps[thread] = Tap(conv, place.first_column + thread);
       });
       block.sync();
     }
-    run_stages<Products, T::kStages>(
+    run_stages<Products, P::kStages>(
         block, steps,
         [&](int64_t step) {
           const int64_t pixel = place.first_pixel + step * kPixels;
@@ -166,7 +166,7 @@ struct GradWeightTiles
     place.end_pixel = end < conv.pixels() ? end : conv.pixels();
     const int64_t steps = tiles_of(place.end_pixel - place.first_pixel, kPixels);
     const auto stage = [&](int64_t step) {
-      return shared + static_cast<int>(step % T::kStages) * kStageBytes;
+      return shared + static_cast<int>(step % P::kStages) * kStageBytes;
     };
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> values;
@@ -175,8 +175,8 @@ struct GradWeightTiles
       P::multiply(block, stage(step), fragments, values);
     };
     if constexpr (by_boxes) {
-      run_stages_of_boxes<T::kStages>(
-          block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes), steps, kStageBytes,
+      run_stages_of_boxes<P::kStages>(
+          block, reinterpret_cast<uint64_t*>(shared + P::kStages * kStageBytes), steps, kStageBytes,
           [&](int64_t step, uint64_t* barrier) {
             copy_boxes(block, barrier, stage(step), place, place.first_pixel + step * kPixels);
           },

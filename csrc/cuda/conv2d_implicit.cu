@@ -46,6 +46,8 @@ struct Conv2dCall {
     tiles.bias = data_or_null<scalar_t>(bias);
     tiles.output = output.mutable_data_ptr<scalar_t>();
     tiles.place = place;
+    tiles.writes = writes_of(place, g.outputs_per_group(), g.output_pixels(), g.OW,
+                             chunk_elements(output), tiles.output);
     if constexpr (copies == Copies::boxes) {
       tiles.conv.C = static_cast<int>(whole_boxes(images.channels, images.memory));
       tiles.boxes.pixels = pixel_boxes(g, images, kPixels);
@@ -56,6 +58,14 @@ struct Conv2dCall {
     for_each_tile(tiles);
   }
 };
+
+// Whether tiles of so many pixels and outputs are enough to occupy the device.
+bool occupies(const Conv2dCall& call, int64_t pixels, int64_t outputs) {
+  const Conv2dGeometry& g = call.g;
+  return g.groups * tiles_of(call.images.memory.size(0) * g.output_pixels(), pixels) *
+             tiles_of(g.outputs_per_group(), outputs) >=
+         occupying_tiles();
+}
 
 // By products of warps, or of threads. Of float64 the largest tiles would take all registers.
 template <class scalar_t, template <class, int, int> class Multiply>
@@ -75,8 +85,14 @@ template <class scalar_t>
 bool launch_by_groups(const Conv2dCall& call, bool gathers, bool wide) {
   using enum Copies;
   if (!gathers && takes_boxes(call.g, call.images.memory, call.images.channels, call.images.col)) {
-    wide ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
-         : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
+    const bool tall = asks_for_tall_tiles() && occupies(call, 256, wide ? 128 : 64);
+    if (wide) {
+      tall ? call.launch<scalar_t, 256, 128, boxes, GroupProducts>()
+           : call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
+    } else {
+      tall ? call.launch<scalar_t, 256, 64, boxes, GroupProducts>()
+           : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
+    }
     return true;
   }
   if constexpr (sizeof(scalar_t) == 2) {
@@ -96,12 +112,8 @@ bool launch_by_groups(const Conv2dCall& call, bool gathers, bool wide) {
 // Tiles of every size add up an output's products in the same order. Only where wgmma takes over
 // from mma.sync, and boxes from chunks, may the number of images change a result's bits.
 void launch_conv2d(const Conv2dCall& call, bool gathers) {
-  const Conv2dGeometry& g = call.g;
-  const int64_t outputs = g.outputs_per_group();
-  const int64_t pixels = call.images.memory.size(0) * g.output_pixels();
-  const int64_t rows = g.groups * tiles_of(pixels, 128), enough = occupying_tiles();
-  const bool wide = outputs > 64 && rows * tiles_of(outputs, 128) >= enough;  // 128 x 128
-  const bool large = rows * tiles_of(outputs, 64) >= enough;                  // 128 x 64
+  const bool wide = call.g.outputs_per_group() > 64 && occupies(call, 128, 128);
+  const bool large = occupies(call, 128, 64);
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
     if constexpr (sizeof(scalar_t) < 8) {

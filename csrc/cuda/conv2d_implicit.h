@@ -14,11 +14,14 @@ namespace dlops::cuda {
 // (allowTF32CuBLAS() raises where only torch.backends.cuda.matmul.fp32_precision was used.)
 bool allows_tf32();
 
-// Whether Hopper's products of groups of warps are asked for, DLOPS_CUDA_CONV2D=implicit_gemm_wgmma
-// or implicit_gemm_tma, and the latter's copies of boxes: an error where the device or the build
-// has none. float64, and float32 with all its digits, have no such products and do not ask.
+// Whether Hopper's products of groups of warps are asked for,
+// DLOPS_CUDA_CONV2D=implicit_gemm_wgmma, implicit_gemm_tma or implicit_gemm_tma_256, the latter
+// two's copies of boxes, and the last one's tiles of 256 pixels or columns: an error where the
+// device or the build has none. float64, and float32 with all its digits, have no such products and
+// do not ask.
 bool asks_for_wgmma();
 bool asks_for_boxes();
+bool asks_for_tall_tiles();
 
 // Enough tiles to occupy the largest devices: where the gradient of the weight is cut into parts,
 // the same on every device, for the cut decides on the order of its sums. Fewer in tests, so that

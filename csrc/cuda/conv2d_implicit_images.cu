@@ -18,7 +18,7 @@
 namespace dlops::cuda {
 namespace {
 
-enum class Choice { im2col, implicit_gemm, wgmma, tma };
+enum class Choice { im2col, implicit_gemm, wgmma, tma, tma_256 };
 
 Choice choice() {
   const char* const asked = std::getenv("DLOPS_CUDA_CONV2D");
@@ -26,11 +26,12 @@ Choice choice() {
   if (value == "im2col") return Choice::im2col;
   if (value == "implicit_gemm") return Choice::implicit_gemm;
   if (value == "implicit_gemm_wgmma") return Choice::wgmma;
-  TORCH_CHECK_VALUE(value == "implicit_gemm_tma",
+  if (value == "implicit_gemm_tma") return Choice::tma;
+  TORCH_CHECK_VALUE(value == "implicit_gemm_tma_256",
                     "DLOPS_CUDA_CONV2D must be im2col (the default), implicit_gemm, "
-                    "implicit_gemm_wgmma or implicit_gemm_tma, got ",
+                    "implicit_gemm_wgmma, implicit_gemm_tma or implicit_gemm_tma_256, got ",
                     value);
-  return Choice::tma;
+  return Choice::tma_256;
 }
 
 // What tiles are copied and multiplied by.
@@ -142,7 +143,9 @@ bool asks_for_wgmma() {
   return true;
 }
 
-bool asks_for_boxes() { return asks_for_wgmma() && choice() == Choice::tma; }
+bool asks_for_boxes() { return asks_for_wgmma() && choice() >= Choice::tma; }
+
+bool asks_for_tall_tiles() { return asks_for_boxes() && choice() == Choice::tma_256; }
 
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
   return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_instructions();

@@ -103,6 +103,8 @@ void launch_grad_weight(const GradWeightCall& call, Copies copies) {
     using scalar_t = decltype(zero);
     using enum Copies;
     if constexpr (sizeof(scalar_t) == 2) {
+      if (copies == boxes && asks_for_tall_tiles() && g.column_rows() >= 192)
+        return call.launch<scalar_t, 128, 256, boxes, GroupProducts>();
       if (copies == boxes && many) return call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
       if (copies == boxes) return call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
       if (wide && copies == chunks && asks_for_wgmma()) {

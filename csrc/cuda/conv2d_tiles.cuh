@@ -17,6 +17,21 @@ struct OutputPlace {
   }
 };
 
+// How outputs are written: one by one or, by way of shared memory, 16 bytes of a pixel's channels
+// or of a plane's pixels at a time.
+enum class Writes { single, channels, pixels };
+
+// `outputs`: channels of a group; `pixels`: of a plane.
+inline Writes writes_of(const OutputPlace& place, int64_t outputs, int64_t pixels, int64_t OW,
+                        int64_t chunk, const void* output) {
+  const auto whole = [&](auto... steps) { return ((steps % chunk == 0) && ...); };
+  if (reinterpret_cast<uintptr_t>(output) % 16 != 0 || !whole(place.start, place.image))
+    return Writes::single;
+  if (place.channel == 1 && whole(outputs, place.row, place.col)) return Writes::channels;
+  if (place.col == 1 && place.row == OW && whole(pixels, place.channel)) return Writes::pixels;
+  return Writes::single;
+}
+
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
 // kOutputs. Multiply is WarpProducts, ThreadProducts or GroupProducts, which alone read boxes: then
 // conv.C counts whole boxes of channels.
@@ -24,6 +39,8 @@ template <class scalar_t, int kPixels, int kOutputs, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
 struct Conv2dTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
+  using Room = TileRoom<scalar_t, kPixels, kOutputs>;
+  static constexpr int kBlocks = Room::kBlocks, kStages = Room::kStages;
   using Products = Multiply<scalar_t, kPixels, kOutputs>;
   static constexpr int M = Products::M;
   static constexpr Copies kCopies = copies;
@@ -32,7 +49,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   static constexpr int kStageBytes = (kPixels + kOutputs) * T::kRowBytes;
   static constexpr int kTapBytes = gathers ? kMostTaps * static_cast<int>(sizeof(Tap)) : 0;
   static constexpr int kSharedBytes =
-      T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : kTapBytes);
+      kStages * kStageBytes + (by_boxes ? Room::kBarrierBytes : kTapBytes);
 
   static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
@@ -45,6 +62,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   const scalar_t* bias;    // or null
   scalar_t* output;
   OutputPlace place;
+  Writes writes;
   std::conditional_t<by_boxes, Boxes, std::monostate> boxes;
 
   DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
@@ -109,9 +127,9 @@ struct Conv2dTiles : Tile<scalar_t> {
       block.groups([&](int group) {
         DLOPS_UNROLL
         for (int bytes = 0; bytes < T::kRowBytes; bytes += 32)
-          Products::template start<false>(block, group, sums,
-                                          tile + group * 64 * T::kRowBytes + bytes,
-                                          tile + kPixels * T::kRowBytes + bytes);
+          Products::template start<false>(
+              block, group, sums, [&](int row) { return tile + row * T::kRowBytes + bytes; },
+              [&](int column) { return tile + (kPixels + column) * T::kRowBytes + bytes; });
       });
     } else {
       block.warps([&](int warp) {
@@ -125,22 +143,78 @@ struct Conv2dTiles : Tile<scalar_t> {
     }
   }
 
-  // The bias joins the sums before they are rounded.
-  DLOPS_DEVICE void store(const typename Products::Sums& sums, int thread, int64_t first_pixel,
-                          int first_output, int group) const {
-    const int warp = thread / 32, lane = thread % 32;
-    const int64_t pixel = first_pixel + Products::first_row(warp) + lane / 4;
-    int64_t to[M * 2];  // of rows lane / 4, and every eighth from there on
-    DLOPS_UNROLL
-    for (int i = 0; i < M * 2; ++i)
-      to[i] = pixel + i * 8 < conv.pixels() ? place(OutputPixel(conv, pixel + i * 8)) : -1;
-    sums.for_each(lane, [&](int which, int, int column, typename T::sum_t sum) {
-      const int o = first_output + Products::first_column(warp) + column;
-      if (to[which] < 0 || o >= conv.O) return;
-      const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
-      if (bias != nullptr) sum += static_cast<typename T::sum_t>(bias[channel]);
-      output[to[which] + channel * place.channel] = static_cast<scalar_t>(sum);
+  // Calls f(which, row, output, value) for each result of a thread, rows and outputs counted from
+  // the tile's first. The bias joins the sums before they are rounded.
+  template <class F>
+  DLOPS_DEVICE void for_each_result(const typename Products::Sums& sums, int thread,
+                                    int first_output, int group, const F& f) const {
+    const int warp = thread / 32;
+    const int first_row = Products::first_row(warp), first = Products::first_column(warp);
+    sums.for_each(thread % 32, [&](int which, int row, int column, typename T::sum_t sum) {
+      const int o = first + column;
+      if (first_output + o >= conv.O) return;
+      if (bias != nullptr)
+        sum += static_cast<typename T::sum_t>(
+            bias[static_cast<int64_t>(group) * conv.O + first_output + o]);
+      f(which, first_row + row, o, static_cast<scalar_t>(sum));
     });
+  }
+
+  // One by one.
+  DLOPS_DEVICE void write(const typename Products::Sums& sums, int thread, int64_t first_pixel,
+                          int first_output, int group) const {
+    const int64_t pixel = first_pixel + Products::first_row(thread / 32) + thread % 32 / 4;
+    int64_t to[M * 2];
+    DLOPS_UNROLL
+    for (int i = 0; i < M * 2; ++i) {
+      const int64_t own = pixel + Products::Sums::row_of(i);
+      to[i] = own < conv.pixels() ? place(OutputPixel(conv, own)) : -1;
+    }
+    for_each_result(sums, thread, first_output, group, [&](int which, int, int o, scalar_t value) {
+      if (to[which] < 0) return;
+      const int64_t channel = static_cast<int64_t>(group) * conv.O + first_output;
+      output[to[which] + (channel + o) * place.channel] = value;
+    });
+  }
+
+  // A line of results in shared memory; 16 bytes more, so that those of a warp lie in all banks.
+  static constexpr int line_bytes(int numbers) {
+    return numbers * static_cast<int>(sizeof(scalar_t)) + 16;
+  }
+  static_assert(kPixels * line_bytes(kOutputs) <= kSharedBytes);
+  static_assert(kOutputs * line_bytes(kPixels) <= kSharedBytes);
+  struct alignas(16) Chunk {
+    unsigned char bytes[16];
+  };
+
+  template <class Block, class S>
+  DLOPS_DEVICE void write_chunks(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
+                                 int first_output, int group) const {
+    const bool of_channels = writes == Writes::channels;
+    const int line = of_channels ? line_bytes(kOutputs) : line_bytes(kPixels);
+    block.sync();  // the last stage is no longer read
+    block.threads([&](int thread) {
+      for_each_result(sums[thread], thread, first_output, group,
+                      [&](int, int row, int o, scalar_t value) {
+                        const int at = of_channels ? row : o, number = of_channels ? o : row;
+                        reinterpret_cast<scalar_t*>(shared + at * line)[number] = value;
+                      });
+    });
+    block.sync();
+    block.threads([&](int thread) {
+      const int chunks = (of_channels ? kOutputs : kPixels) / T::kChunk;
+      for (int i = thread; i < kPixels * kOutputs / T::kChunk; i += T::kThreads) {
+        const int at = i / chunks, number = i % chunks * T::kChunk;
+        const int64_t pixel = first_pixel + (of_channels ? at : number);
+        const int o = first_output + (of_channels ? number : at);
+        if (pixel >= conv.pixels() || o >= conv.O) continue;
+        const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
+        scalar_t* const to = output + place(OutputPixel(conv, pixel)) + channel * place.channel;
+        *reinterpret_cast<Chunk*>(to) =
+            *reinterpret_cast<const Chunk*>(shared + at * line + number * sizeof(scalar_t));
+      }
+    });
+    if constexpr (by_boxes) block.publish();  // that it was read, to the next tile's boxes
   }
 
   // All stages, but of boxes.
@@ -151,7 +225,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     const scalar_t* weights =
         weight + (static_cast<int64_t>(group) * conv.O + first_output) * weight_row;
     const int steps = static_cast<int>(tiles_of(weight_row, T::kRow));
-    Tap* const taps = reinterpret_cast<Tap*>(shared + T::kStages * kStageBytes);
+    Tap* const taps = reinterpret_cast<Tap*>(shared + kStages * kStageBytes);
     typename Block::template PerThread<Windows> windows;
     block.threads([&](int thread) {
       for (int i = 0; i < kPixelRows; ++i)
@@ -161,7 +235,7 @@ struct Conv2dTiles : Tile<scalar_t> {
         for (int k = thread; k < steps * T::kRow; k += T::kThreads) taps[k] = Tap(conv, k);
     });
     if constexpr (gathers) block.sync();
-    run_stages<Products, T::kStages>(
+    run_stages<Products, kStages>(
         block, steps,
         [&](int64_t step) {
           block.threads([&](int thread) {
@@ -182,7 +256,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     const int group = static_cast<int>(groups_and_pixels - pixel_tile * conv.groups);
     const int64_t first_pixel = pixel_tile * kPixels;
     const auto stage = [&](int64_t step) {
-      return shared + static_cast<int>(step) % T::kStages * kStageBytes;
+      return shared + static_cast<int>(step) % kStages * kStageBytes;
     };
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> sums;
@@ -192,8 +266,8 @@ struct Conv2dTiles : Tile<scalar_t> {
     };
     if constexpr (by_boxes) {
       const OutputPixel at(conv, first_pixel);
-      run_stages_of_boxes<T::kStages>(
-          block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes),
+      run_stages_of_boxes<kStages>(
+          block, reinterpret_cast<uint64_t*>(shared + kStages * kStageBytes),
           conv.column_rows() / T::kRow, kStageBytes,
           [&](int64_t step, uint64_t* barrier) {
             copy_boxes(block, barrier, stage(step), at, first_output, group,
@@ -204,8 +278,10 @@ struct Conv2dTiles : Tile<scalar_t> {
       copy_and_multiply(block, shared, first_pixel, first_output, group, stage, multiply_stage);
     }
     if constexpr (Products::kByGroups) block.settle(sums);
+    if (writes != Writes::single)
+      return write_chunks(block, shared, sums, first_pixel, first_output, group);
     block.threads(
-        [&](int thread) { store(sums[thread], thread, first_pixel, first_output, group); });
+        [&](int thread) { write(sums[thread], thread, first_pixel, first_output, group); });
   }
 };
 

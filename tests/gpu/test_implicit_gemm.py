@@ -1,5 +1,5 @@
-"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma or
-implicit_gemm_tma: implicit GEMM, on the tensor cores or with all digits of float32, and depthwise
+"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma,
+implicit_gemm_tma or implicit_gemm_tma_256: implicit GEMM, on the tensor cores or with all digits of float32, and depthwise
 kernels, exact on small integers wherever tiles end, and as near to the truth as native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
@@ -190,10 +190,14 @@ def id_of(value: Any) -> str | None:
     return value.id if isinstance(value, Conv2dCase) else None
 
 
-# The two ways differ in the cases that boxes serve.
+# The ways differ in the cases that boxes serve.
+BY_BOXES = ("tma", "tma_256")
 hopper = parametrize(
     "way, case",
-    [*(("wgmma", case) for case in TILES), *(("tma", case) for case in BOXES)],
+    [
+        *(("wgmma", case) for case in TILES),
+        *((way, case) for way in BY_BOXES for case in BOXES),
+    ],
     ids=id_of,
 )
 
@@ -210,11 +214,12 @@ def test_hopper_is_exact_on_small_integers(
 
 
 @pytest.mark.exact
+@parametrize("way", BY_BOXES)
 @parametrize("case", BOXES, ids=ids)
 def test_boxes_of_tf32_are_exact_on_small_integers(
-    case: Conv2dCase, monkeypatch: pytest.MonkeyPatch
+    case: Conv2dCase, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_for("tma", monkeypatch)
+    ask_for(way, monkeypatch)
     test_exact_on_small_integers(case, "channels_last", torch.float32)
 
 
@@ -362,7 +367,7 @@ def test_all_digits_have_the_same_bits_on_every_run(
     inputs = on_device(cast(problem.inputs, dtype))
     results = [values_and_gradients(problem.ours, inputs) for _ in range(3)]
     check_same_bits(results)
-    for way in ("wgmma", "tma"):  # which have no instructions for them
+    for way in ("wgmma", *BY_BOXES):  # which have no instructions for them
         ask_for(way, monkeypatch)
         check_same_bits([results[0], values_and_gradients(problem.ours, inputs)])
 
@@ -391,7 +396,7 @@ def test_all_digits_without_a_column_matrix(
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLOPS_CUDA_CONV2D", "fastest")
     x = torch.ones(1, 1, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm_tma, got fastest"):
+    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm_tma_256, got fastest"):
         F.conv2d(x, x)
 
 
@@ -467,14 +472,17 @@ def launched(function: Callable[[], Any]) -> Callable[[str], bool]:
         return lambda word: any(word in key for key in keys)
     count = ctypes.CDLL(_C.__file__).dlops_launches
     count.restype = ctypes.c_int64
-    before = {word: count(word.encode()) for word in TILE_NAMES}
+    words = (*TILE_NAMES, TALL, LONG)
+    before = {word: count(word.encode()) for word in words}
     function()
-    after = {word: count(word.encode()) for word in TILE_NAMES}
+    after = {word: count(word.encode()) for word in words}
     return lambda word: after[word] > before[word]
 
 
 TILE_NAMES = ("Conv2dTiles", "GradWeightTiles", "PointwiseTiles", "ChannelsLastTiles")
 TILE_NAMES += ("WarpProducts", "ThreadProducts", "GroupProducts")
+# Tiles of 256 pixels, and of 256 columns.
+TALL, LONG = ("256, 128", "128, 256") if DEVICE == "cuda" else ("Li256ELi128E", "Li128ELi256E")
 
 
 @pytest.mark.native
@@ -487,6 +495,19 @@ def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert was_launched("Conv2dTiles")
     assert was_launched("GradWeightTiles")
     assert not was_launched("WarpProducts")
+
+
+@pytest.mark.native
+@parametrize("way, tall", [("tma", False), ("tma_256", True)])
+def test_it_is_tiles_of_256(way: str, tall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_for(way, monkeypatch)
+    (case,) = (case for case in BOXES if case.id == "boxes_of_groups")
+    problem = conv2d(case)
+    x, *rest = on_device(cast(problem.inputs, torch.bfloat16))
+    inputs = [LAYOUTS["channels_last"](x), *rest]
+    was_launched = launched(lambda: values_and_gradients(problem.ours, inputs))
+    assert was_launched("GroupProducts")
+    assert [was_launched(TALL), was_launched(LONG)] == [tall, tall]
 
 
 @pytest.mark.native
