@@ -37,11 +37,11 @@ def time_block(step: Step, number: int, device: torch.device) -> float:
 
 
 def captured(step: Step) -> Step:
-    """The step as a CUDA graph: what is timed is the device's work, not the host's calls, which take
-    longer than most layers."""
+    """The step as a CUDA graph: what is timed is the device's work, not the host's calls, which
+    take longer than most layers."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # what is planned, compiled or allocated once cannot be captured
+    with torch.cuda.stream(stream):  # what is planned or compiled once cannot be captured
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(stream)

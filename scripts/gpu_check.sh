@@ -13,7 +13,8 @@
 #                            begins with it
 #   smoke                    each op and each way of convolution in a process of its own. A way that
 #                            hangs is left out of what follows, one that is wrong out of the benchmarks
-#   benchmarks               the ways of convolution side by side, and the other ops, against native
+#   benchmarks               the ways of convolution side by side, and the other ops, against native;
+#                            and which kernels each runs, for how long
 #   losses                   the losses against torch.compile, too, with 200,000 classes
 #   implicit_gemm, hopper    these ways of convolution alone
 #
@@ -145,8 +146,8 @@ sanitizer() {
 benchmark() {
   local name=$1 limit=$2
   shift 2
-  step "benchmarks_$name" "$limit" bash -c 'installed "$python" -m "$@"' - "$@" --seconds 0.05 \
-    --out "$out/gpu-$name"
+  step "benchmarks_$name" "$limit" bash -c 'installed "$python" -m "$@"' - "$1" --seconds 0.05 \
+    "${@:2}" --out "$out/gpu-$name"
 }
 
 say() { "$python" "$root/scripts/gpu_report.py" "$logs" "$report"; }
@@ -231,7 +232,10 @@ benchmarks() {
   local all
   all=$(within 600 $after_benchmarks)
   # shellcheck disable=SC2046
-  benchmark ways $((all * 3 / 4)) benchmarks.ways --ways $(ways_that_work)
+  benchmark ways $((all * 5 / 8)) benchmarks.ways --ways $(ways_that_work)
+  # shellcheck disable=SC2046
+  benchmark kernels $((all / 5 + 10)) benchmarks.kernels --ways $(ways_that_work) \
+    --seconds $((all / 5))
   benchmark others "$(within 600 $after_benchmarks)" benchmarks --device cuda --no-compile \
     --only max_pool2d focal_loss unfold --dtype bfloat16 float32
   say

@@ -18,7 +18,16 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_conv2d, calls, report, run, steps, threads, ways  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_conv2d,
+    calls,
+    kernels,
+    report,
+    run,
+    steps,
+    threads,
+    ways,
+)
 from benchmarks.check import Baseline  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
@@ -168,6 +177,28 @@ def test_ways_of_convolution_have_rows_of_their_own(
     assert len(named) == len(rows) == 2 * 2 * 2  # ways, layouts, passes
     assert {row["op"] for row in rows} == {"conv2d im2col", "conv2d implicit_gemm"}
     assert "conv2d implicit_gemm, float32, NCHW | 1 |" in capsys.readouterr().out
+
+
+def test_kernels_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ways.VARIABLE, "im2col")
+    out = str(tmp_path / "results")
+    command = ["kernels", "--device", "cpu", "--quick", "--dtype", "float32", "--out", out]
+    monkeypatch.setattr(sys, "argv", [*command, "--ways", "im2col", "implicit_gemm"])
+    assert kernels.main() == 0
+    rows = json.loads(Path(f"{out}.json").read_text())["rows"]
+    sides = {row["side"] for row in rows if row["op"] == "conv2d"}
+    assert sides == {"native", "im2col", "implicit_gemm"}
+    (pooling,) = (
+        {kernel["kernel"]: kernel for kernel in row["kernels"]}
+        for row in rows
+        if (row["op"], row["side"], row["layout"]) == ("max_pool2d", "dlops", "NCHW")
+    )
+    scatter = pooling["dlops::max_pool2d_scatter"]
+    assert scatter["launches"] == 1
+    assert scatter["us"] > 0
+    assert " x dlops::max_pool2d_scatter" in capsys.readouterr().out
 
 
 def test_a_way_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,13 +119,24 @@ struct GradWeightTiles
     typename T::sum_t* const to = sums + (part * conv.groups + place.group) * conv.O * K;
     const int first_output = place.first_output + Products::first_row(warp);
     const int first_column = place.first_column + Products::first_column(warp);
-    values.for_each(thread % 32, [&](int, int row, int column, typename T::sum_t sum) {
+    // Two at a time, where these are together in every row.
+    values.for_each_pair(thread % 32, [&](int row, int column, const typename T::sum_t* pair) {
       const int o = first_output + row, k = first_column + column;
       if (o >= conv.O || k >= K) return;
-      typename T::sum_t& total = to[static_cast<int64_t>(o) * K + k];
-      total = adds ? total + sum : sum;
+      typename T::sum_t* const total = to + static_cast<int64_t>(o) * K + k;
+      if (K % 2 == 0) {
+        Pair& both = *reinterpret_cast<Pair*>(total);
+        const Pair before = adds ? both : Pair{};
+        both = {before.first + pair[0], before.second + pair[1]};
+      } else {
+        total[0] = adds ? total[0] + pair[0] : pair[0];
+        if (k + 1 < K) total[1] = adds ? total[1] + pair[1] : pair[1];
+      }
     });
   }
+  struct alignas(2 * sizeof(typename T::sum_t)) Pair {
+    typename T::sum_t first, second;
+  };
 
   // All stages, but of boxes.
   template <class Block, class F, class G>

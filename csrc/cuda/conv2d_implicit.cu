@@ -46,8 +46,8 @@ struct Conv2dCall {
     tiles.bias = data_or_null<scalar_t>(bias);
     tiles.output = output.mutable_data_ptr<scalar_t>();
     tiles.place = place;
-    tiles.writes = writes_of(place, g.outputs_per_group(), g.output_pixels(), g.OW,
-                             chunk_elements(output), tiles.output);
+    tiles.order = order_of(place, g.outputs_per_group(), g.output_pixels(), g.OW,
+                           chunk_elements(output), tiles.output);
     if constexpr (copies == Copies::boxes) {
       tiles.conv.C = static_cast<int>(whole_boxes(images.channels, images.memory));
       tiles.boxes.pixels = pixel_boxes(g, images, kPixels);

@@ -2,6 +2,7 @@
 // turned round.
 #pragma once
 
+#include "cuda/lines.cuh"
 #include "cuda/panels.cuh"
 #include "cuda/tiles.cuh"
 
@@ -80,17 +81,26 @@ struct PointwiseTiles
         });
   }
 
-  DLOPS_DEVICE void store(const typename Products::Sums& sums, int thread,
-                          const Place& place) const {
-    const int warp = thread / 32;
-    const int first_output = place.first_output + Products::first_row(warp);
-    const int64_t first_pixel = place.first_pixel + Products::first_column(warp);
-    sums.for_each(thread % 32, [&](int, int row, int column, typename T::sum_t sum) {
-      const int o = first_output + row;
-      if (o >= O || first_pixel + column >= pixels) return;
-      if (bias != nullptr)
-        sum += static_cast<typename T::sum_t>(bias[static_cast<int64_t>(place.group) * O + o]);
-      place.output[o * output.channel + first_pixel + column] = static_cast<scalar_t>(sum);
+  template <class Block, class S>
+  DLOPS_DEVICE void write(Block& block, unsigned char* shared, S& sums, const Place& place) const {
+    using L = Lines<scalar_t, kOutputs, kPixels>;
+    static_assert(L::kBytes <= kSharedBytes);
+    const int outputs = O - place.first_output;
+    const int64_t first_channel = static_cast<int64_t>(place.group) * O + place.first_output;
+    block.sync();  // the last stage is no longer read
+    block.threads([&](int thread) {
+      const int warp = thread / 32;
+      const int first = Products::first_row(warp), first_column = Products::first_column(warp);
+      sums[thread].for_each(thread % 32, [&](int row, int column, typename T::sum_t sum) {
+        const int o = first + row;
+        if (bias != nullptr && o < outputs)
+          sum += static_cast<typename T::sum_t>(bias[first_channel + o]);
+        L::at(shared, o, first_column + column) = static_cast<scalar_t>(sum);
+      });
+    });
+    L::write(block, shared, /*whole=*/true, [&](int o, int pixel) -> scalar_t* {
+      if (o >= outputs || place.first_pixel + pixel >= pixels) return nullptr;
+      return place.output + (place.first_output + o) * output.channel + place.first_pixel + pixel;
     });
   }
 
@@ -112,7 +122,7 @@ struct PointwiseTiles
         },
         [&](int64_t step) { P::multiply(block, stage(step), fragments, sums); });
     if constexpr (Products::kByGroups) block.settle(sums);
-    block.threads([&](int thread) { store(sums[thread], thread, place); });
+    write(block, shared, sums, place);
   }
 };
 

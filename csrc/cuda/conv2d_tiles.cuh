@@ -1,10 +1,12 @@
 // A convolution as a product of tiles, whose column matrix exists in shared memory alone.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 #include <variant>
 
 #include "cuda/boxes.h"
+#include "cuda/lines.cuh"
 #include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
@@ -17,19 +19,20 @@ struct OutputPlace {
   }
 };
 
-// How outputs are written: one by one or, by way of shared memory, 16 bytes of a pixel's channels
-// or of a plane's pixels at a time.
-enum class Writes { single, channels, pixels };
+// How outputs lie in memory: a pixel's channels together or a plane's pixels, and whether in whole
+// chunks of 16 bytes.
+struct OutputOrder {
+  bool channels_together, whole;
+};
 
-// `outputs`: channels of a group; `pixels`: of a plane.
-inline Writes writes_of(const OutputPlace& place, int64_t outputs, int64_t pixels, int64_t OW,
-                        int64_t chunk, const void* output) {
-  const auto whole = [&](auto... steps) { return ((steps % chunk == 0) && ...); };
-  if (reinterpret_cast<uintptr_t>(output) % 16 != 0 || !whole(place.start, place.image))
-    return Writes::single;
-  if (place.channel == 1 && whole(outputs, place.row, place.col)) return Writes::channels;
-  if (place.col == 1 && place.row == OW && whole(pixels, place.channel)) return Writes::pixels;
-  return Writes::single;
+// `outputs`: channels of a group; `pixels`: of a plane, whose rows have OW; `chunk`: elements.
+inline OutputOrder order_of(const OutputPlace& place, int64_t outputs, int64_t pixels, int64_t OW,
+                            int64_t chunk, const void* output) {
+  const auto in_chunks = [&](auto... steps) { return ((steps % chunk == 0) && ...); };
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(output) % 16 == 0 && in_chunks(place.start, place.image);
+  if (place.channel == 1) return {true, aligned && in_chunks(outputs, place.row, place.col)};
+  return {false, aligned && place.col == 1 && place.row == OW && in_chunks(pixels, place.channel)};
 }
 
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
@@ -42,7 +45,6 @@ struct Conv2dTiles : Tile<scalar_t> {
   using Room = TileRoom<scalar_t, kPixels, kOutputs>;
   static constexpr int kBlocks = Room::kBlocks, kStages = Room::kStages;
   using Products = Multiply<scalar_t, kPixels, kOutputs>;
-  static constexpr int M = Products::M;
   static constexpr Copies kCopies = copies;
   static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
@@ -62,7 +64,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   const scalar_t* bias;    // or null
   scalar_t* output;
   OutputPlace place;
-  Writes writes;
+  OutputOrder order;
   std::conditional_t<by_boxes, Boxes, std::monostate> boxes;
 
   DLOPS_HOST_DEVICE int64_t output_tiles() const { return tiles_of(conv.O, kOutputs); }
@@ -143,78 +145,50 @@ struct Conv2dTiles : Tile<scalar_t> {
     }
   }
 
-  // Calls f(which, row, output, value) for each result of a thread, rows and outputs counted from
-  // the tile's first. The bias joins the sums before they are rounded.
-  template <class F>
-  DLOPS_DEVICE void for_each_result(const typename Products::Sums& sums, int thread,
-                                    int first_output, int group, const F& f) const {
-    const int warp = thread / 32;
-    const int first_row = Products::first_row(warp), first = Products::first_column(warp);
-    sums.for_each(thread % 32, [&](int which, int row, int column, typename T::sum_t sum) {
-      const int o = first + column;
-      if (first_output + o >= conv.O) return;
-      if (bias != nullptr)
-        sum += static_cast<typename T::sum_t>(
-            bias[static_cast<int64_t>(group) * conv.O + first_output + o]);
-      f(which, first_row + row, o, static_cast<scalar_t>(sum));
-    });
-  }
-
-  // One by one.
-  DLOPS_DEVICE void write(const typename Products::Sums& sums, int thread, int64_t first_pixel,
+  template <class Block, class S>
+  DLOPS_DEVICE void write(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
                           int first_output, int group) const {
-    const int64_t pixel = first_pixel + Products::first_row(thread / 32) + thread % 32 / 4;
-    int64_t to[M * 2];
-    DLOPS_UNROLL
-    for (int i = 0; i < M * 2; ++i) {
-      const int64_t own = pixel + Products::Sums::row_of(i);
-      to[i] = own < conv.pixels() ? place(OutputPixel(conv, own)) : -1;
+    block.sync();  // the last stage is no longer read
+    if (order.channels_together) {
+      write_lines<Lines<scalar_t, kPixels, kOutputs>>(
+          block, shared, sums, first_pixel, first_output, group,
+          [](int pixel, int o) { return LinePlace{pixel, o}; });
+    } else {
+      write_lines<Lines<scalar_t, kOutputs, kPixels>>(
+          block, shared, sums, first_pixel, first_output, group,
+          [](int pixel, int o) { return LinePlace{o, pixel}; });
     }
-    for_each_result(sums, thread, first_output, group, [&](int which, int, int o, scalar_t value) {
-      if (to[which] < 0) return;
-      const int64_t channel = static_cast<int64_t>(group) * conv.O + first_output;
-      output[to[which] + (channel + o) * place.channel] = value;
-    });
+    if constexpr (by_boxes) block.publish();  // that they were read, to the next tile's boxes
   }
-
-  // A line of results in shared memory; 16 bytes more, so that those of a warp lie in all banks.
-  static constexpr int line_bytes(int numbers) {
-    return numbers * static_cast<int>(sizeof(scalar_t)) + 16;
-  }
-  static_assert(kPixels * line_bytes(kOutputs) <= kSharedBytes);
-  static_assert(kOutputs * line_bytes(kPixels) <= kSharedBytes);
-  struct alignas(16) Chunk {
-    unsigned char bytes[16];
+  struct LinePlace {
+    int first, second;
   };
 
-  template <class Block, class S>
-  DLOPS_DEVICE void write_chunks(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
-                                 int first_output, int group) const {
-    const bool of_channels = writes == Writes::channels;
-    const int line = of_channels ? line_bytes(kOutputs) : line_bytes(kPixels);
-    block.sync();  // the last stage is no longer read
+  // `place_of`: of a pixel and an output among the lines, and the other way round.
+  template <class L, class Block, class S, class F>
+  DLOPS_DEVICE void write_lines(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
+                                int first_output, int group, const F& place_of) const {
+    static_assert(L::kBytes <= kStages * kStageBytes);
+    const int64_t first_channel = static_cast<int64_t>(group) * conv.O + first_output;
+    const int outputs = conv.O - first_output;
+    // The bias joins the sums before they are rounded.
     block.threads([&](int thread) {
-      for_each_result(sums[thread], thread, first_output, group,
-                      [&](int, int row, int o, scalar_t value) {
-                        const int at = of_channels ? row : o, number = of_channels ? o : row;
-                        reinterpret_cast<scalar_t*>(shared + at * line)[number] = value;
-                      });
+      const int warp = thread / 32;
+      const int first_row = Products::first_row(warp), first = Products::first_column(warp);
+      sums[thread].for_each(thread % 32, [&](int row, int column, typename T::sum_t sum) {
+        const int o = first + column;
+        if (bias != nullptr && o < outputs)
+          sum += static_cast<typename T::sum_t>(bias[first_channel + o]);
+        const LinePlace at = place_of(first_row + row, o);
+        L::at(shared, at.first, at.second) = static_cast<scalar_t>(sum);
+      });
     });
-    block.sync();
-    block.threads([&](int thread) {
-      const int chunks = (of_channels ? kOutputs : kPixels) / T::kChunk;
-      for (int i = thread; i < kPixels * kOutputs / T::kChunk; i += T::kThreads) {
-        const int at = i / chunks, number = i % chunks * T::kChunk;
-        const int64_t pixel = first_pixel + (of_channels ? at : number);
-        const int o = first_output + (of_channels ? number : at);
-        if (pixel >= conv.pixels() || o >= conv.O) continue;
-        const int64_t channel = static_cast<int64_t>(group) * conv.O + o;
-        scalar_t* const to = output + place(OutputPixel(conv, pixel)) + channel * place.channel;
-        *reinterpret_cast<Chunk*>(to) =
-            *reinterpret_cast<const Chunk*>(shared + at * line + number * sizeof(scalar_t));
-      }
+    L::write(block, shared, order.whole, [&](int line, int number) -> scalar_t* {
+      const LinePlace at = place_of(line, number);
+      const int64_t pixel = first_pixel + at.first;
+      if (pixel >= conv.pixels() || at.second >= outputs) return nullptr;
+      return output + place(OutputPixel(conv, pixel)) + (first_channel + at.second) * place.channel;
     });
-    if constexpr (by_boxes) block.publish();  // that it was read, to the next tile's boxes
   }
 
   // All stages, but of boxes.
@@ -278,10 +252,7 @@ struct Conv2dTiles : Tile<scalar_t> {
       copy_and_multiply(block, shared, first_pixel, first_output, group, stage, multiply_stage);
     }
     if constexpr (Products::kByGroups) block.settle(sums);
-    if (writes != Writes::single)
-      return write_chunks(block, shared, sums, first_pixel, first_output, group);
-    block.threads(
-        [&](int thread) { write(sums[thread], thread, first_pixel, first_output, group); });
+    write(block, shared, sums, first_pixel, first_output, group);
   }
 };
 

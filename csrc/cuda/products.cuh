@@ -31,22 +31,23 @@ template <class sum_t, int M, int N, int row_step = 16>
 struct ThreadSums {
   sum_t values[M][N][4];
 
-  // From the warp's first row + lane / 4.
-  DLOPS_DEVICE static constexpr int row_of(int which) {
-    return which / 2 * row_step + which % 2 * 8;
+  // Calls f(row, column, sums) for each two of one row, rows and columns counted from the warp's
+  // first.
+  template <class F>
+  DLOPS_DEVICE void for_each_pair(int lane, const F& f) const {
+    DLOPS_UNROLL
+    for (int i = 0; i < M * N * 2; ++i) {
+      const int m = i / (N * 2), n = i / 2 % N, half = i % 2;
+      f(m * row_step + half * 8 + lane / 4, n * 8 + lane % 4 * 2, values[m][n] + half * 2);
+    }
   }
-
-  // Calls f(which, row, column, sum) for each, rows and columns counted from the warp's first.
-  // `which` numbers the thread's rows, and is known to the compiler: what it indexes stays in
-  // registers.
+  // Calls f(row, column, sum) for each.
   template <class F>
   DLOPS_DEVICE void for_each(int lane, const F& f) const {
-    DLOPS_UNROLL
-    for (int i = 0; i < M * N * 4; ++i) {
-      const int m = i / (N * 4), n = i / 4 % N, place = i % 4;
-      const int which = m * 2 + place / 2;
-      f(which, row_of(which) + lane / 4, n * 8 + lane % 4 * 2 + place % 2, values[m][n][place]);
-    }
+    for_each_pair(lane, [&](int row, int column, const sum_t* pair) {
+      f(row, column, pair[0]);
+      f(row, column + 1, pair[1]);
+    });
   }
 };
 
@@ -271,11 +272,11 @@ struct GroupProducts {
   }
 };
 
-// What a tile needs of a multiprocessor. One of more than 128 x 128 sums has it to itself, and with
-// it room for more stages.
+// What a tile needs of a multiprocessor. One whose stages are longer than 128 and 128 rows has it
+// to itself, and with it room for more of them.
 template <class scalar_t, int rows, int columns>
 struct TileRoom {
-  static constexpr bool kAlone = rows * columns > 128 * 128;
+  static constexpr bool kAlone = rows + columns > 128 + 128;
   static constexpr int kBlocks = kAlone ? 1 : Tile<scalar_t>::kBlocks;
   static constexpr int kStages = kAlone ? 4 : Tile<scalar_t>::kStages;
   static constexpr int kBarrierBytes = kStages * 8;

@@ -1,6 +1,7 @@
 """Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma,
-implicit_gemm_tma or implicit_gemm_tma_256: implicit GEMM, on the tensor cores or with all digits of float32, and depthwise
-kernels, exact on small integers wherever tiles end, and as near to the truth as native.
+implicit_gemm_tma or implicit_gemm_tma_256: implicit GEMM, on the tensor cores or with all digits of
+float32, and depthwise kernels, exact on small integers wherever tiles end, and as near to the truth
+as native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
 """
@@ -396,7 +397,7 @@ def test_all_digits_without_a_column_matrix(
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLOPS_CUDA_CONV2D", "fastest")
     x = torch.ones(1, 1, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"must be im2col .* or implicit_gemm_tma_256, got fastest"):
+    with pytest.raises(ValueError, match=r"must be im2col .* implicit_gemm_tma_256, got fastest"):
         F.conv2d(x, x)
 
 
