@@ -153,8 +153,8 @@ class Block {
   DLOPS_DEVICE void finish_products() const {
     wait_for_wgmma<pending>();
   }
-  // Before the sums of products that have ended are read: not earlier, whatever the compiler knows
-  // of registers that change behind its back.
+  // Between the sums of products and what else writes or reads them: not earlier or later, whatever
+  // the compiler knows of registers that change behind its back.
   template <class T>
   DLOPS_DEVICE void settle(PerThread<T>& sums) const {
     DLOPS_UNROLL

@@ -6,7 +6,8 @@
 namespace dlops::cuda {
 
 // Tiles of kSide pixels by kSide channels go through shared memory: neighbouring threads read
-// neighbouring pixels, and write neighbouring channels.
+// neighbouring pixels, 16 bytes at a time where these lie together, and write neighbouring
+// channels.
 template <class scalar_t>
 struct ChannelsLastTiles {
   static constexpr int kThreads = 256, kBlocks = 4, kSide = 64;
@@ -19,36 +20,53 @@ struct ChannelsLastTiles {
   int64_t images, pixels;
   int W, channels, padded;  // channels of a group, and with the zeros after them
   int64_t places;           // groups * padded, whole chunks
+  bool whole;               // pixels of a plane lie together in whole chunks, at multiples of 16
   scalar_t* output;
+
+  struct alignas(16) Chunk {
+    scalar_t values[kChunk];
+  };
 
   DLOPS_HOST_DEVICE int64_t count() const {
     return images * tiles_of(pixels, kSide) * tiles_of(places, kSide);
   }
 
-  // The element of one of `places`, which is 0 after a group's channels.
-  DLOPS_DEVICE scalar_t read(const scalar_t* pixel, int64_t place) const {
+  // What is at one of `places`, zeros after a group's channels.
+  template <class V>
+  DLOPS_DEVICE V read(const scalar_t* pixel, int64_t place) const {
     const int64_t group = divide(place, padded);
     const int64_t c = place - group * padded;
-    return c < channels ? pixel[(group * channels + c) * channel] : scalar_t(0);
+    return c < channels ? *reinterpret_cast<const V*>(pixel + (group * channels + c) * channel)
+                        : V{};
+  }
+
+  DLOPS_DEVICE void read_chunks(scalar_t* side, int thread, const scalar_t* first_of_image,
+                                int64_t first_pixel, int64_t first_place) const {
+    DLOPS_UNROLL
+    for (int i = thread; i < kSide * kChunks; i += kThreads) {
+      const int c = i / kChunks, at = i % kChunks * kChunk;
+      if (first_place + c >= places || first_pixel + at >= pixels) continue;
+      const Chunk chunk = read<Chunk>(first_of_image + first_pixel + at, first_place + c);
+      DLOPS_UNROLL
+      for (int j = 0; j < kChunk; ++j) side[c * kRow + at + j] = chunk.values[j];
+    }
   }
 
   template <class Block>
   DLOPS_DEVICE void operator()(Block& block, unsigned char* shared, int64_t tile) const {
-    struct alignas(16) Chunk {
-      scalar_t values[kChunk];
-    };
     scalar_t* const side = reinterpret_cast<scalar_t*>(shared);
     const int64_t across = tiles_of(places, kSide), down = tiles_of(pixels, kSide);
     const int64_t first_place = tile % across * kSide;
     const int64_t first_pixel = tile / across % down * kSide;
     const int64_t n = tile / across / down;
     block.threads([&](int thread) {
+      if (whole) return read_chunks(side, thread, input + n * image, first_pixel, first_place);
       const int64_t at = first_pixel + thread % kSide;
       if (at >= pixels) return;
       const int64_t h = divide(at, W);
       const scalar_t* const pixel = input + n * image + h * row + (at - h * W) * col;
       for (int c = thread / kSide; c < kSide && first_place + c < places; c += kThreads / kSide)
-        side[c * kRow + thread % kSide] = read(pixel, first_place + c);
+        side[c * kRow + thread % kSide] = read<scalar_t>(pixel, first_place + c);
     });
     block.sync();
     block.threads([&](int thread) {

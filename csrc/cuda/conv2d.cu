@@ -14,7 +14,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -22,6 +21,7 @@
 #include "common/conv2d_checks.h"
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d.h"
+#include "cuda/conv2d_grad_bias.h"
 #include "cuda/windows.cuh"
 
 namespace dlops::cuda {
@@ -228,8 +228,9 @@ at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
   chunks.for_each_images(g, [&](int64_t n, int64_t count) {
     const at::Tensor images = channels_last_images(input, n, count);
     const at::Tensor result = output.narrow(0, n, count);
-    const at::Tensor target = channels_last_target(result, output.scalar_type());
-    // The product is added to the bias before it is rounded.
+    // The product is added to the bias before it is rounded, once: the library may cut sums of low
+    // precision in parts, which it rounds.
+    const at::Tensor target = channels_last_target(result, sum_type(output));
     if (has_bias) target.copy_(bias->view({1, g.O, 1, 1}));
     chunks.for_each_chunk(g, count, [&](const Chunk& chunk) {
       multiply(pixel_matrix(target, g, chunk), column_matrix(images, g, chunk, workspace), matrix,
@@ -357,8 +358,7 @@ at::Tensor conv2d_grad_bias(const at::Tensor& grad_output) {
   check_dim(grad_output, "grad_output", 4, "conv2d_grad_bias");
   const c10::DeviceGuard guard(grad_output.device());
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return at::sum(grad_output, at::IntArrayRef{0, 2, 3}, /*keepdim=*/false,
-                 grad_output.scalar_type());
+  return sum_of_pixels(grad_output);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <type_traits>
 
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d.h"
@@ -133,34 +134,51 @@ struct GradInput {
   }
 };
 
-// The sum of one weight (tap, output) over one part of the pixels per index, in channels_last:
-// neighbouring indices read neighbouring channels.
-template <class scalar_t>
+// The sums of `width` weights (tap, neighbouring outputs) over one part of the pixels per index, in
+// channels_last: neighbouring indices read neighbouring channels. `width` is 1 where a channel has
+// several outputs.
+template <class scalar_t, int width>
 struct PartOfGradWeight {
   using T = at::opmath_type<scalar_t>;
+  struct alignas(width * sizeof(scalar_t)) Values {
+    scalar_t of[width];
+  };
   Conv2dGeometry g;
   int64_t part_pixels;
-  Divider outputs, taps, S, OH, OW, multiplier;
+  Divider packs, taps, S, OH, OW, multiplier;  // packs of outputs
   const scalar_t* grad_output;
   const scalar_t* input;
   T* sums;  // (parts, taps, O)
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
     int64_t o = i;
-    int64_t s = outputs.split(o);
+    int64_t s = packs.split(o);
+    o *= width;
     const int64_t part = taps.split(s), r = S.split(s), c = multiplier(o);
-    const int64_t end = part * part_pixels + part_pixels, all = g.N * g.OH * g.OW;
-    T sum(0);
-    for (int64_t pixel = part * part_pixels; pixel < end && pixel < all; ++pixel) {
-      int64_t ow = pixel;
-      int64_t oh = OW.split(ow);
-      const int64_t n = OH.split(oh);
+    const int64_t all = g.N * g.OH * g.OW, first = part * part_pixels;
+    const int64_t end = first + part_pixels < all ? first + part_pixels : all;
+    int64_t ow = first;
+    int64_t oh = OW.split(ow);
+    int64_t n = OH.split(oh);
+    T own[width] = {};
+    for (int64_t pixel = first; pixel < end; ++pixel) {
       const int64_t ih = g.input_row(oh, r), iw = g.input_col(ow, s);
-      if (g.row_inside(ih) && g.col_inside(iw))
-        sum += static_cast<T>(grad_output[pixel * g.O + o]) *
-               static_cast<T>(input[((n * g.H + ih) * g.W + iw) * g.C + c]);
+      if (g.row_inside(ih) && g.col_inside(iw)) {
+        const Values grad = *reinterpret_cast<const Values*>(grad_output + pixel * g.O + o);
+        const Values image =
+            *reinterpret_cast<const Values*>(input + ((n * g.H + ih) * g.W + iw) * g.C + c);
+        DLOPS_UNROLL
+        for (int j = 0; j < width; ++j)
+          own[j] += static_cast<T>(grad.of[j]) * static_cast<T>(image.of[j]);
+      }
+      if (++ow < g.OW) continue;
+      ow = 0;
+      if (++oh < g.OH) continue;
+      oh = 0;
+      ++n;
     }
-    sums[i] = sum;
+    DLOPS_UNROLL
+    for (int j = 0; j < width; ++j) sums[i * width + j] = own[j];
   }
 };
 
@@ -215,7 +233,7 @@ at::Tensor like(const at::Tensor& tensor, const at::Tensor& result) {
 }  // namespace
 
 bool takes_depthwise(const at::Tensor& tensor, const Conv2dGeometry& g) {
-  return asks_for_implicit_gemm() && g.channels_per_group() == 1 &&
+  return asks_for_implicit_gemm() && g.channels_per_group() == 1 && g.groups > 1 &&
          at::isFloatingType(tensor.scalar_type());
 }
 
@@ -275,11 +293,18 @@ void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_outpu
         using T = at::opmath_type<scalar_t>;
         const at::Tensor sums = at::empty(
             {parts, weights}, input.options().dtype(at::toOpMathType(input.scalar_type())));
-        for_each(parts * weights,
-                 PartOfGradWeight<scalar_t>{
-                     g, part_pixels, Divider(g.O), Divider(g.R * g.S), Divider(g.S), Divider(g.OH),
-                     Divider(g.OW), Divider(g.outputs_per_group()), grad.const_data_ptr<scalar_t>(),
-                     images.const_data_ptr<scalar_t>(), sums.mutable_data_ptr<T>()});
+        const auto sum_parts = [&]<int width>(std::integral_constant<int, width>) {
+          for_each(parts * weights / width,
+                   PartOfGradWeight<scalar_t, width>{
+                       g, part_pixels, Divider(g.O / width), Divider(g.R * g.S), Divider(g.S),
+                       Divider(g.OH), Divider(g.OW), Divider(g.outputs_per_group()),
+                       grad.const_data_ptr<scalar_t>(), images.const_data_ptr<scalar_t>(),
+                       sums.mutable_data_ptr<T>()});
+        };
+        constexpr int width = 16 / sizeof(scalar_t);
+        g.outputs_per_group() == 1 && are_aligned(g.O, width, {&grad, &images})
+            ? sum_parts(std::integral_constant<int, width>{})
+            : sum_parts(std::integral_constant<int, 1>{});
         const Parts left = add_shares(sums.mutable_data_ptr<T>(), parts, weights);
         for_each(weights, AddParts<scalar_t>{left, Divider(g.O), Divider(g.S),
                                              grad_weight.stride(0), grad_weight.stride(2),

@@ -20,12 +20,30 @@ constexpr int stage_pixels(Copies copies) {
 // sums (parts, groups, O, K) = grad_output^T (O x pixels) x columns (pixels x K), where each part
 // adds up `part_pixels` pixels, by tiles of kOutputs x kColumns. grad_output's channels are
 // neighbours in memory. Multiply and conv.C are as in conv2d_tiles.cuh.
+//
+// Groups of warps take 128 rows at least: of few outputs, the columns are the rows of the product.
+constexpr bool columns_are_rows(int outputs, int columns) {
+  return outputs < 128 && columns >= 128;
+}
+
+template <class scalar_t, int kOutputs, int kColumns, Copies copies,
+          template <class, int, int> class Multiply>
+using GradWeightPanels =
+    Panels<scalar_t, columns_are_rows(kOutputs, kColumns) ? kColumns : kOutputs,
+           columns_are_rows(kOutputs, kColumns) ? kOutputs : kColumns,
+           stage_pixels<scalar_t>(copies), Multiply>;
+
 template <class scalar_t, int kOutputs, int kColumns, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
-struct GradWeightTiles
-    : Panels<scalar_t, kOutputs, kColumns, stage_pixels<scalar_t>(copies), Multiply> {
-  using P = Panels<scalar_t, kOutputs, kColumns, stage_pixels<scalar_t>(copies), Multiply>;
-  using P::kPanelBytes, P::kRowPanels, P::kColumnPanels, P::kStageBytes;
+struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, Multiply> {
+  using P = GradWeightPanels<scalar_t, kOutputs, kColumns, copies, Multiply>;
+  using P::kPanelBytes, P::kStageBytes;
+  static constexpr bool turned = columns_are_rows(kOutputs, kColumns);
+  // Panels of either factor, and where they begin in a stage.
+  static constexpr int kOutputPanels = turned ? P::kColumnPanels : P::kRowPanels;
+  static constexpr int kColumnPanels = turned ? P::kRowPanels : P::kColumnPanels;
+  static constexpr int kOutputsAt = turned ? kColumnPanels * kPanelBytes : 0;
+  static constexpr int kColumnsAt = turned ? 0 : kOutputPanels * kPanelBytes;
   using typename P::Products, typename P::T;
   static constexpr Copies kCopies = copies;
   static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
@@ -65,7 +83,7 @@ struct GradWeightTiles
   template <class Block>
   DLOPS_DEVICE void copy_outputs(Block& block, unsigned char* panels, int thread,
                                  const Place& place, int64_t pixel) const {
-    P::template for_each_chunk<kRowPanels>(
+    P::template for_each_chunk<kOutputPanels>(
         panels, thread, [&](unsigned char* to, int row, int element) {
           const int o = place.first_output + element;
           block.template copy<16>(
@@ -95,8 +113,8 @@ struct GradWeightTiles
   template <class Block>
   DLOPS_DEVICE void copy_boxes(Block& block, uint64_t* barrier, unsigned char* panels,
                                const Place& place, int64_t pixel) const {
-    for (int i = 0; i < kRowPanels; ++i)
-      block.copy_rows(panels + i * kPanelBytes, boxes.grad_output, barrier,
+    for (int i = 0; i < kOutputPanels; ++i)
+      block.copy_rows(panels + kOutputsAt + i * kPanelBytes, boxes.grad_output, barrier,
                       static_cast<int>(place.group * grad_group) + place.first_output + i * T::kRow,
                       0, static_cast<int>(pixel));
     const OutputPixel at(conv, pixel);
@@ -104,7 +122,7 @@ struct GradWeightTiles
       const int k = place.first_column + i * T::kRow;
       const bool there = k < conv.column_rows();
       const int tap = there ? k / conv.C : 0, c = there ? k - tap * conv.C : conv.C;
-      block.copy_pixels(panels + (kRowPanels + i) * kPanelBytes, boxes.pixels, barrier,
+      block.copy_pixels(panels + kColumnsAt + i * kPanelBytes, boxes.pixels, barrier,
                         (there ? place.group : conv.groups - 1) * conv.C + c,
                         static_cast<int>(at.n), at.oh * conv.stride_h - conv.pad_top,
                         at.ow * conv.stride_w - conv.pad_left, tap / conv.S * conv.dilation_h,
@@ -117,20 +135,28 @@ struct GradWeightTiles
     const int warp = thread / 32;
     const int K = conv.column_rows();
     typename T::sum_t* const to = sums + (part * conv.groups + place.group) * conv.O * K;
-    const int first_output = place.first_output + Products::first_row(warp);
-    const int first_column = place.first_column + Products::first_column(warp);
-    // Two at a time, where these are together in every row.
-    values.for_each_pair(thread % 32, [&](int row, int column, const typename T::sum_t* pair) {
-      const int o = first_output + row, k = first_column + column;
+    const int first_row = Products::first_row(warp), first = Products::first_column(warp);
+    const auto add = [&](int o, int k, typename T::sum_t sum) {
       if (o >= conv.O || k >= K) return;
-      typename T::sum_t* const total = to + static_cast<int64_t>(o) * K + k;
-      if (K % 2 == 0) {
-        Pair& both = *reinterpret_cast<Pair*>(total);
-        const Pair before = adds ? both : Pair{};
-        both = {before.first + pair[0], before.second + pair[1]};
+      typename T::sum_t& total = to[static_cast<int64_t>(o) * K + k];
+      total = adds ? total + sum : sum;
+    };
+    values.for_each_pair(thread % 32, [&](int row, int column, const typename T::sum_t* pair) {
+      row += first_row;
+      column += first;
+      if constexpr (turned) {
+        add(place.first_output + column, place.first_column + row, pair[0]);
+        add(place.first_output + column + 1, place.first_column + row, pair[1]);
       } else {
-        total[0] = adds ? total[0] + pair[0] : pair[0];
-        if (k + 1 < K) total[1] = adds ? total[1] + pair[1] : pair[1];
+        const int o = place.first_output + row, k = place.first_column + column;
+        if (K % 2 != 0) {
+          add(o, k, pair[0]);
+          add(o, k + 1, pair[1]);
+        } else if (o < conv.O && k < K) {  // both, at once
+          Pair& total = *reinterpret_cast<Pair*>(to + static_cast<int64_t>(o) * K + k);
+          const Pair before = adds ? total : Pair{};
+          total = {before.first + pair[0], before.second + pair[1]};
+        }
       }
     });
   }
@@ -155,8 +181,8 @@ struct GradWeightTiles
         [&](int64_t step) {
           const int64_t pixel = place.first_pixel + step * kPixels;
           block.threads([&](int thread) {
-            copy_outputs(block, stage(step), thread, place, pixel);
-            copy_columns(block, stage(step) + kRowPanels * kPanelBytes, taps, thread, place, pixel);
+            copy_outputs(block, stage(step) + kOutputsAt, thread, place, pixel);
+            copy_columns(block, stage(step) + kColumnsAt, taps, thread, place, pixel);
           });
         },
         multiply_stage);
@@ -182,6 +208,8 @@ struct GradWeightTiles
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> values;
     block.threads([&](int thread) { values[thread] = {}; });
+    if constexpr (Products::kByGroups)
+      block.settle(values);  // or they are zeroed among the products
     const auto multiply_stage = [&](int64_t step) {
       P::multiply(block, stage(step), fragments, values);
     };

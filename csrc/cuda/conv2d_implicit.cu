@@ -82,9 +82,9 @@ void launch_by_size(const Conv2dCall& call, bool gathers, bool large, bool wide)
 
 // By products of groups of warps. Whether these are asked for and serve the call.
 template <class scalar_t>
-bool launch_by_groups(const Conv2dCall& call, bool gathers, bool wide) {
+bool launch_by_groups(const Conv2dCall& call, bool by_boxes, bool gathers, bool wide) {
   using enum Copies;
-  if (!gathers && takes_boxes(call.g, call.images.memory, call.images.channels, call.images.col)) {
+  if (by_boxes) {
     const bool tall = asks_for_tall_tiles() && occupies(call, 256, wide ? 128 : 64);
     if (wide) {
       tall ? call.launch<scalar_t, 256, 128, boxes, GroupProducts>()
@@ -114,10 +114,14 @@ bool launch_by_groups(const Conv2dCall& call, bool gathers, bool wide) {
 void launch_conv2d(const Conv2dCall& call, bool gathers) {
   const bool wide = call.g.outputs_per_group() > 64 && occupies(call, 128, 128);
   const bool large = occupies(call, 128, 64);
+  // Boxes by half as many are faster than chunks by tiles enough.
+  const bool by_boxes =
+      !gathers && (large || occupies(call, 128, 32)) &&
+      takes_boxes(call.g, call.images.memory, call.images.channels, call.images.col);
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
     if constexpr (sizeof(scalar_t) < 8) {
-      if (large && launch_by_groups<scalar_t>(call, gathers, wide)) return;
+      if ((large || by_boxes) && launch_by_groups<scalar_t>(call, by_boxes, gathers, wide)) return;
     }
     if constexpr (std::is_same_v<scalar_t, float>) {
       if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, gathers, large, wide);

@@ -159,7 +159,7 @@ bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g
 }
 
 bool gathers(const at::Tensor& images, const Conv2dGeometry& g) {
-  constexpr int64_t kFewChannels = 4;
+  constexpr int64_t kFewChannels = 0;
   const int64_t channels = images.size(1) / g.groups;
   const int64_t span = (g.R * g.dilation_h + 1) * step(images, 2) +
                        (g.S * g.dilation_w + 1) * step(images, 3) + channels * step(images, 1);
@@ -193,12 +193,16 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
             channels};
   const int64_t padded = this->channels(), places = pixel();
   const at::Tensor memory = at::empty({count, H, W, places}, images.options());
+  const int64_t chunk = chunk_elements(images);
+  const bool whole = images.stride(3) == 1 && images.stride(2) == W && H * W % chunk == 0 &&
+                     images.stride(1) % chunk == 0 && images.stride(0) % chunk == 0 &&
+                     reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
   with_dtype(images, [&](auto zero) {
     using scalar_t = decltype(zero);
     for_each_tile(ChannelsLastTiles<scalar_t>{
         images.const_data_ptr<scalar_t>(), images.stride(0), images.stride(1), images.stride(2),
         images.stride(3), count, H * W, static_cast<int>(W), static_cast<int>(channels),
-        static_cast<int>(padded), places, memory.mutable_data_ptr<scalar_t>()});
+        static_cast<int>(padded), places, whole, memory.mutable_data_ptr<scalar_t>()});
   });
   return {memory, H * W * places, padded, 1, W * places, places, padded};
 }

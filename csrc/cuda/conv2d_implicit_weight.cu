@@ -45,10 +45,17 @@ constexpr int64_t kPartMultiple = 64;
 int64_t pixels_of_part(const Conv2dGeometry& g, int64_t pixels, int64_t bytes_of_sums) {
   constexpr int64_t kLeastPixels = 256;
   const int64_t most = std::min(ceil_div(pixels, kLeastPixels), kWorkspaceBytes / bytes_of_sums);
-  const int64_t large_tiles =
+  const int64_t tiles =
       g.groups * tiles_of(g.outputs_per_group(), 128) * tiles_of(g.column_rows(), 128);
-  const int64_t parts = std::max<int64_t>(1, std::min(kEnoughTiles / large_tiles, most));
-  return ceil_div(ceil_div(pixels, parts), kPartMultiple) * kPartMultiple;
+  // Rounds of tiles that the device takes, each as long as a part: the fewest in all, and of as
+  // many the fewest parts, for their sums are written and read again.
+  int64_t best = 1;
+  const auto cost = [&](int64_t parts) {
+    return ceil_div(tiles * parts, kEnoughTiles) * ceil_div(pixels, parts);
+  };
+  for (int64_t parts = 2; parts <= std::min(most, kEnoughTiles); ++parts)
+    if (cost(parts) * 10 < cost(best) * 9) best = parts;
+  return ceil_div(ceil_div(pixels, best), kPartMultiple) * kPartMultiple;
 }
 
 // The parts' sums of some images, in `sums`; `adds`: to what is there.
@@ -103,6 +110,10 @@ void launch_grad_weight(const GradWeightCall& call, Copies copies) {
     using scalar_t = decltype(zero);
     using enum Copies;
     if constexpr (sizeof(scalar_t) == 2) {
+      if (!wide && asks_for_wgmma() && g.outputs_per_group() > 16) {
+        if (copies == boxes) return call.launch<scalar_t, 64, 128, boxes, GroupProducts>();
+        if (copies == chunks) return call.launch<scalar_t, 64, 128, chunks, GroupProducts>();
+      }
       if (copies == boxes && asks_for_tall_tiles() && g.column_rows() >= 192)
         return call.launch<scalar_t, 128, 256, boxes, GroupProducts>();
       if (copies == boxes && many) return call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
@@ -124,7 +135,7 @@ Copies copies_of(const Conv2dGeometry& g, const at::Tensor& input, const ImageRe
                  const ImageReader& grads) {
   if (gathers(input, g)) return Copies::gathered;
   const int64_t outputs = g.outputs_per_group();
-  const bool by_boxes = input.element_size() == 2 && outputs > 64 &&
+  const bool by_boxes = input.element_size() == 2 && outputs > 16 &&
                         takes_boxes(g, input, images.channels(), images.pixel()) &&
                         grads.pixel() >= g.groups * grads.channels() &&
                         grads.pixel() < int64_t(1) << 38 &&  // a step of the TMA's

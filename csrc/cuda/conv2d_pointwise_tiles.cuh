@@ -113,6 +113,7 @@ struct PointwiseTiles
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> sums;
     block.threads([&](int thread) { sums[thread] = {}; });
+    if constexpr (Products::kByGroups) block.settle(sums);  // or they are zeroed among the products
     run_stages<Products, T::kStages>(
         block, tiles_of(C, P::kDepth),
         [&](int64_t step) {

@@ -235,6 +235,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> sums;
     block.threads([&](int thread) { sums[thread] = {}; });
+    if constexpr (Products::kByGroups) block.settle(sums);  // or they are zeroed among the products
     const auto multiply_stage = [&](int64_t step) {
       multiply(block, stage(step), fragments, sums);
     };

@@ -8,6 +8,7 @@ from typing import Any
 import native
 import pytest
 import torch
+from tolerances import TOLERANCES, error
 from torch import Tensor, nn
 
 import dlops
@@ -63,7 +64,9 @@ def test_autocast_of_the_softmax_loss(dtype: torch.dtype) -> None:
         ours = F.focal_loss(logits, labels(), gamma=0.0)
         theirs = native.cross_entropy(logits, labels())
     assert ours.dtype == theirs.dtype
-    torch.testing.assert_close(ours, theirs)
+    # In all digits, where native rounds what it adds up to the logits' dtype.
+    truth = native.cross_entropy(logits.double(), labels())
+    assert error(ours, truth) <= error(theirs, truth) + TOLERANCES[torch.float32].bound
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor) -> list[Tensor]:
