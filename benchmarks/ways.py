@@ -26,7 +26,6 @@ VARIABLE = "DLOPS_CUDA_CONV2D"  # read at each call
 # Where TF32 is allowed, native may yet have all digits of float32.
 SLACK = {torch.float32: 2e-3}
 WAYS = ("im2col", "implicit_gemm", "implicit_gemm_wgmma", "implicit_gemm_tma")
-WAYS += ("implicit_gemm_tma_256",)
 
 
 def go(way: str, convolution: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

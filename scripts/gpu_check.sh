@@ -39,7 +39,7 @@ work=$root/build/gpu_check
 site=$work/site
 logs=$work/logs
 parts="build smoke tests large sanitizers benchmarks losses implicit_gemm hopper"
-ways="im2col implicit_gemm implicit_gemm_wgmma implicit_gemm_tma implicit_gemm_tma_256"
+ways="im2col implicit_gemm implicit_gemm_wgmma implicit_gemm_tma"
 before=
 case "${*:-first}" in
   first)
@@ -192,10 +192,7 @@ if wants tests; then
   hangs implicit_gemm_wgmma ||
     suite implicit_gemm_wgmma "$limit" 2 test_implicit_gemm.py "wgmma" &
   hangs implicit_gemm_tma ||
-    suite implicit_gemm_tma "$limit" 2 test_implicit_gemm.py \
-      "(hopper or boxes) and not wgmma and not tma_256" &
-  hangs implicit_gemm_tma_256 ||
-    suite implicit_gemm_tma_256 "$limit" 2 test_implicit_gemm.py tma_256 &
+    suite implicit_gemm_tma "$limit" 2 test_implicit_gemm.py "(hopper or boxes) and not wgmma" &
   for way in $ways; do
     [ "$way" = im2col ] && chosen="not 2_31" || chosen="conv and not 2_31"
     hangs "$way" || DLOPS_CUDA_CONV2D=$way \
@@ -250,7 +247,7 @@ for part in $wanted; do
       --dtype bfloat16 float32 ;;
     implicit_gemm) benchmark implicit-gemm "$(within 600 0)" benchmarks.ways --ways implicit_gemm ;;
     hopper) benchmark hopper "$(within 600 0)" benchmarks.ways \
-      --ways implicit_gemm_wgmma implicit_gemm_tma implicit_gemm_tma_256 ;;
+      --ways implicit_gemm_wgmma implicit_gemm_tma ;;
   esac
 done
 

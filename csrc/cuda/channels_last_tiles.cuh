@@ -1,6 +1,8 @@
 // Images of any strides as (images, pixels, groups, padded channels): what tiles copy by 16 bytes.
+// By tiles or, of few channels, by pixels.
 #pragma once
 
+#include "cuda/divider.h"
 #include "cuda/tiles.cuh"
 
 namespace dlops::cuda {
@@ -82,6 +84,40 @@ struct ChannelsLastTiles {
             values;
       }
     });
+  }
+};
+
+// One chunk of one pixel per index: neighbouring threads read neighbouring pixels of a plane and
+// write what lies together, without a detour. Of one group.
+template <class scalar_t>
+struct ChannelsLastPixels {
+  static constexpr int kChunk = 16 / sizeof(scalar_t);
+  static constexpr int kMostChunks = 2;  // of a pixel: of more, tiles read longer rows
+
+  const scalar_t* input;
+  int64_t image, channel, row, col;  // steps in memory, in elements
+  Divider chunks, W, H;
+  int channels;
+  scalar_t* output;
+
+  struct alignas(16) Chunk {
+    scalar_t values[kChunk];
+  };
+
+  DLOPS_HOST_DEVICE void operator()(int64_t i) const {
+    // Each split leaves the remainder in place of what it divides.
+    int64_t chunk = i;
+    int64_t w = chunks.split(chunk);
+    int64_t h = W.split(w);
+    const int64_t n = H.split(h);
+    const scalar_t* const pixel = input + n * image + h * row + w * col;
+    Chunk values;
+    DLOPS_UNROLL
+    for (int j = 0; j < kChunk; ++j) {
+      const int64_t c = chunk * kChunk + j;
+      values.values[j] = c < channels ? pixel[c * channel] : scalar_t(0);
+    }
+    reinterpret_cast<Chunk*>(output)[i] = values;
   }
 };
 

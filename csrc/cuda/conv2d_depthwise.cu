@@ -12,41 +12,14 @@
 
 #include "common/cuda_utils.cuh"
 #include "cuda/conv2d.h"
+#include "cuda/conv2d_depthwise_3x3.cuh"
+#include "cuda/conv2d_depthwise_weight.cuh"
+#include "cuda/conv2d_implicit.h"
 #include "cuda/parts.cuh"
 #include "cuda/windows.cuh"
 
 namespace dlops::cuda {
 namespace {
-
-// The weight as (R, S, O), and which of its channels the values of a pack belong to.
-template <class scalar_t, class Packs>
-struct Weight {
-  using Values = typename Packs::template Values<scalar_t>;
-  const scalar_t* data;
-  Divider channels;  // O
-
-  struct Channels {
-    int64_t of[Packs::width];
-  };
-  DLOPS_HOST_DEVICE Channels channels_of(const Pack& at) const {
-    Channels result{};
-    for (int j = 0; j < Packs::width; ++j) {
-      result.of[j] = Packs::channels_last ? at.channel + j : at.image + j;
-      if (!Packs::channels_last) channels.split(result.of[j]);  // leaves the remainder
-    }
-    return result;
-  }
-  DLOPS_HOST_DEVICE Values load(const Channels& at, int64_t tap) const {
-    const scalar_t* const from = data + tap * channels.divisor();
-    if constexpr (Packs::channels_last) {
-      return *reinterpret_cast<const Values*>(from + at.of[0]);
-    } else {
-      Values values;
-      for (int j = 0; j < Packs::width; ++j) values.of[j] = from[at.of[j]];
-      return values;
-    }
-  }
-};
 
 // One pack of outputs per index. Packs are of one value where a channel has several outputs.
 template <class scalar_t, class Packs>
@@ -54,7 +27,7 @@ struct Forward {
   using T = at::opmath_type<scalar_t>;
   Conv2dGeometry g;
   Packs outputs;
-  Weight<scalar_t, Packs> weight;
+  DepthwiseWeight<scalar_t, Packs> weight;
   Divider multiplier;  // the outputs of a channel
   const scalar_t* input;
   const scalar_t* bias;  // or null
@@ -99,7 +72,7 @@ struct GradInput {
   Conv2dGeometry g;
   Packs inputs;
   WindowAxis rows, cols;
-  Weight<scalar_t, Packs> weight;
+  DepthwiseWeight<scalar_t, Packs> weight;
   int64_t multiplier;
   const scalar_t* grad_output;
   scalar_t* grad_input;
@@ -230,6 +203,77 @@ at::Tensor like(const at::Tensor& tensor, const at::Tensor& result) {
                                : at::MemoryFormat::Contiguous);
 }
 
+// By the kernels of conv2d_depthwise_3x3.cuh, and whether it could: `g` is that of grad_output
+// where the taps are turned.
+template <class scalar_t>
+bool launch_3x3(const Conv2dGeometry& g, const at::Tensor& images, const at::Tensor& taps,
+                const TapOrder& order, const at::Tensor& bias, const at::Tensor& output) {
+  const auto launch = [&](auto packs, auto stride) {
+    using P = decltype(packs);
+    using Rows = Depthwise3x3<scalar_t, P, decltype(stride)::value>;
+    const P outputs(g.N, g.O, g.OH, ceil_div(g.OW, Rows::kAcross));
+    for_each(outputs.count(), Rows{g,
+                                   outputs,
+                                   {taps.const_data_ptr<scalar_t>(), Divider(g.O)},
+                                   order,
+                                   images.const_data_ptr<scalar_t>(),
+                                   data_or_null<scalar_t>(bias),
+                                   output.mutable_data_ptr<scalar_t>()});
+  };
+  const auto launch_packs = [&](auto stride) {
+    with_packs<scalar_t>(g, g.O, g.OH, g.OW, output, {&images, &taps, &output},
+                         [&](auto packs) { launch(packs, stride); });
+    return true;
+  };
+  if (is_3x3(g, 1)) return launch_packs(std::integral_constant<int, 1>{});
+  if (is_3x3(g, 2)) return launch_packs(std::integral_constant<int, 2>{});
+  return false;
+}
+
+// The sums of parts (parts, taps, O), by tiles.
+template <class scalar_t, int stride>
+at::Tensor sum_3x3(const Conv2dGeometry& g, const at::Tensor& grad, const at::Tensor& images) {
+  using Tiles = DepthwiseGradWeightTiles<scalar_t, stride>;
+  const int64_t slabs = ceil_div(g.O, Tiles::kChannels), rows = g.N * g.OH;
+  // The cut depends on the shapes alone, and so does the order of every sum.
+  const int64_t most = ceil_div(4 * kEnoughTiles, slabs);
+  const int64_t part_rows = std::max<int64_t>(ceil_div(rows, most), Tiles::kLanes);
+  const int64_t parts = ceil_div(rows, part_rows);
+  const at::Tensor sums =
+      at::empty({parts, 9 * g.O}, images.options().dtype(at::toOpMathType(images.scalar_type())));
+  for_each_tile(Tiles{g, part_rows, parts, grad.const_data_ptr<scalar_t>(),
+                      images.const_data_ptr<scalar_t>(),
+                      sums.mutable_data_ptr<at::opmath_type<scalar_t>>()});
+  return sums;
+}
+
+// The same of any kernel.
+template <class scalar_t>
+at::Tensor sum_of_parts(const Conv2dGeometry& g, const at::Tensor& grad, const at::Tensor& images) {
+  using T = at::opmath_type<scalar_t>;
+  // Enough sums to occupy the largest devices, of enough pixels each.
+  constexpr int64_t kEnough = 1 << 18, kLeastPixels = 64, kMostParts = 1024;
+  const int64_t pixels = g.N * g.output_pixels(), weights = g.O * g.R * g.S;
+  const int64_t most =
+      std::min({ceil_div(kEnough, weights), ceil_div(pixels, kLeastPixels), kMostParts});
+  const int64_t part_pixels = ceil_div(pixels, most), parts = ceil_div(pixels, part_pixels);
+  const at::Tensor sums =
+      at::empty({parts, weights}, images.options().dtype(at::toOpMathType(images.scalar_type())));
+  const auto sum_parts = [&]<int width>(std::integral_constant<int, width>) {
+    for_each(
+        parts * weights / width,
+        PartOfGradWeight<scalar_t, width>{
+            g, part_pixels, Divider(g.O / width), Divider(g.R * g.S), Divider(g.S), Divider(g.OH),
+            Divider(g.OW), Divider(g.outputs_per_group()), grad.const_data_ptr<scalar_t>(),
+            images.const_data_ptr<scalar_t>(), sums.mutable_data_ptr<T>()});
+  };
+  constexpr int width = 16 / sizeof(scalar_t);
+  g.outputs_per_group() == 1 && are_aligned(g.O, width, {&grad, &images})
+      ? sum_parts(std::integral_constant<int, width>{})
+      : sum_parts(std::integral_constant<int, 1>{});
+  return sums;
+}
+
 }  // namespace
 
 bool takes_depthwise(const at::Tensor& tensor, const Conv2dGeometry& g) {
@@ -243,6 +287,7 @@ void depthwise_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at
   const at::Tensor dense_bias =
       bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d", [&] {
+    if (launch_3x3<scalar_t>(g, images, taps, {0, 1}, dense_bias, output)) return;
     with_packs<scalar_t>(g, g.O, g.OH, g.OW, output, {&images, &taps, &output}, [&](auto packs) {
       using P = decltype(packs);
       for_each(packs.count(), Forward<scalar_t, P>{g,
@@ -261,6 +306,9 @@ void depthwise_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output
   const at::Tensor grad = like(grad_output, grad_input), taps = taps_first(weight);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, grad_output.scalar_type(), "conv2d_grad_input", [&] {
+        if (g.stride_h == 1 && g.stride_w == 1 &&
+            launch_3x3<scalar_t>(turned_3x3(g), grad, taps, {8, -1}, at::Tensor(), grad_input))
+          return;
         with_packs<scalar_t>(
             g, g.C, g.H, g.W, grad_input, {&grad, &taps, &grad_input}, [&](auto packs) {
               using P = decltype(packs);
@@ -279,33 +327,18 @@ void depthwise_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output
 
 void depthwise_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                            const at::Tensor& input, const at::Tensor& grad_weight) {
-  // Enough sums to occupy the largest devices, of enough pixels each.
-  constexpr int64_t kEnough = 1 << 18, kLeastPixels = 64, kMostParts = 1024;
   const at::Tensor grad = grad_output.contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor images = input.contiguous(at::MemoryFormat::ChannelsLast);
-  const int64_t pixels = g.N * g.output_pixels(), weights = grad_weight.numel();
-  // The cut depends on the shapes alone, and so does the order of every sum.
-  const int64_t most =
-      std::min({ceil_div(kEnough, weights), ceil_div(pixels, kLeastPixels), kMostParts});
-  const int64_t part_pixels = ceil_div(pixels, most), parts = ceil_div(pixels, part_pixels);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "conv2d_grad_weight", [&] {
         using T = at::opmath_type<scalar_t>;
-        const at::Tensor sums = at::empty(
-            {parts, weights}, input.options().dtype(at::toOpMathType(input.scalar_type())));
-        const auto sum_parts = [&]<int width>(std::integral_constant<int, width>) {
-          for_each(parts * weights / width,
-                   PartOfGradWeight<scalar_t, width>{
-                       g, part_pixels, Divider(g.O / width), Divider(g.R * g.S), Divider(g.S),
-                       Divider(g.OH), Divider(g.OW), Divider(g.outputs_per_group()),
-                       grad.const_data_ptr<scalar_t>(), images.const_data_ptr<scalar_t>(),
-                       sums.mutable_data_ptr<T>()});
-        };
-        constexpr int width = 16 / sizeof(scalar_t);
-        g.outputs_per_group() == 1 && are_aligned(g.O, width, {&grad, &images})
-            ? sum_parts(std::integral_constant<int, width>{})
-            : sum_parts(std::integral_constant<int, 1>{});
-        const Parts left = add_shares(sums.mutable_data_ptr<T>(), parts, weights);
+        constexpr int width = DepthwiseGradWeightTiles<scalar_t, 1>::kWidth;
+        const bool fits = are_aligned(g.O, width, {&grad, &images});
+        const at::Tensor sums = fits && is_3x3(g, 1)   ? sum_3x3<scalar_t, 1>(g, grad, images)
+                                : fits && is_3x3(g, 2) ? sum_3x3<scalar_t, 2>(g, grad, images)
+                                                       : sum_of_parts<scalar_t>(g, grad, images);
+        const int64_t weights = grad_weight.numel();
+        const Parts left = add_shares(sums.mutable_data_ptr<T>(), sums.size(0), weights);
         for_each(weights, AddParts<scalar_t>{left, Divider(g.O), Divider(g.S),
                                              grad_weight.stride(0), grad_weight.stride(2),
                                              grad_weight.stride(3), sums.const_data_ptr<T>(),

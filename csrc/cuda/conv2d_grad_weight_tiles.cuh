@@ -46,11 +46,9 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
   static constexpr int kColumnsAt = turned ? 0 : kOutputPanels * kPanelBytes;
   using typename P::Products, typename P::T;
   static constexpr Copies kCopies = copies;
-  static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
+  static constexpr bool by_boxes = copies == Copies::boxes;
   static constexpr int kPixels = P::kDepth;
-  static constexpr int kTapBytes = gathers ? kColumns * static_cast<int>(sizeof(Tap)) : 0;
-  static constexpr int kSharedBytes =
-      P::kStages * kStageBytes + (by_boxes ? P::Room::kBarrierBytes : kTapBytes);
+  static constexpr int kSharedBytes = T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : 0);
 
   static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
@@ -93,19 +91,15 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
   }
 
   template <class Block>
-  DLOPS_DEVICE void copy_columns(Block& block, unsigned char* panels, const Tap* taps, int thread,
+  DLOPS_DEVICE void copy_columns(Block& block, unsigned char* panels, int thread,
                                  const Place& place, int64_t pixel) const {
-    const int element = thread % (kColumnPanels * T::kChunks) * T::kChunk;  // of all its chunks
-    const int k = place.first_column + element;
-    const Cell cell(conv, gathers ? 0 : k);
+    // Of all its chunks.
+    const int k = place.first_column + thread % (kColumnPanels * T::kChunks) * T::kChunk;
+    const Cell cell(conv, k);
     P::template for_each_chunk<kColumnPanels>(panels, thread, [&](unsigned char* to, int row, int) {
       const Window<scalar_t> window(conv, pixel + row, place.end_pixel, place.group);
-      if constexpr (gathers) {
-        gather(to, conv, window, taps + element);
-      } else {
-        block.template copy<16>(to, window.start + cell.offset,
-                                k < conv.column_rows() && window.inside(conv, cell));
-      }
+      block.template copy<16>(to, window.start + cell.offset,
+                              k < conv.column_rows() && window.inside(conv, cell));
     });
   }
 
@@ -166,23 +160,15 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
 
   // All stages, but of boxes.
   template <class Block, class F, class G>
-  DLOPS_DEVICE void copy_and_multiply(Block& block, unsigned char* shared, const Place& place,
-                                      int64_t steps, const F& stage,
-                                      const G& multiply_stage) const {
-    Tap* const taps = reinterpret_cast<Tap*>(shared + P::kStages * kStageBytes);
-    if constexpr (gathers) {
-      block.threads([&](int thread) {
-        if (thread < kColumns) taps[thread] = Tap(conv, place.first_column + thread);
-      });
-      block.sync();
-    }
-    run_stages<Products, P::kStages>(
+  DLOPS_DEVICE void copy_and_multiply(Block& block, const Place& place, int64_t steps,
+                                      const F& stage, const G& multiply_stage) const {
+    run_stages<Products, T::kStages>(
         block, steps,
         [&](int64_t step) {
           const int64_t pixel = place.first_pixel + step * kPixels;
           block.threads([&](int thread) {
             copy_outputs(block, stage(step) + kOutputsAt, thread, place, pixel);
-            copy_columns(block, stage(step) + kColumnsAt, taps, thread, place, pixel);
+            copy_columns(block, stage(step) + kColumnsAt, thread, place, pixel);
           });
         },
         multiply_stage);
@@ -203,7 +189,7 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
     place.end_pixel = end < conv.pixels() ? end : conv.pixels();
     const int64_t steps = tiles_of(place.end_pixel - place.first_pixel, kPixels);
     const auto stage = [&](int64_t step) {
-      return shared + static_cast<int>(step % P::kStages) * kStageBytes;
+      return shared + static_cast<int>(step % T::kStages) * kStageBytes;
     };
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> values;
@@ -214,14 +200,14 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
       P::multiply(block, stage(step), fragments, values);
     };
     if constexpr (by_boxes) {
-      run_stages_of_boxes<P::kStages>(
-          block, reinterpret_cast<uint64_t*>(shared + P::kStages * kStageBytes), steps, kStageBytes,
+      run_stages_of_boxes<T::kStages>(
+          block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes), steps, kStageBytes,
           [&](int64_t step, uint64_t* barrier) {
             copy_boxes(block, barrier, stage(step), place, place.first_pixel + step * kPixels);
           },
           multiply_stage);
     } else {
-      copy_and_multiply(block, shared, place, steps, stage, multiply_stage);
+      copy_and_multiply(block, place, steps, stage, multiply_stage);
     }
     if constexpr (Products::kByGroups) block.settle(values);
     block.threads([&](int thread) { store(values[thread], thread, place, part); });

@@ -69,10 +69,8 @@ bool occupies(const Conv2dCall& call, int64_t pixels, int64_t outputs) {
 
 // By products of warps, or of threads. Of float64 the largest tiles would take all registers.
 template <class scalar_t, template <class, int, int> class Multiply>
-void launch_by_size(const Conv2dCall& call, bool gathers, bool large, bool wide) {
+void launch_by_size(const Conv2dCall& call, bool large, bool wide) {
   using enum Copies;
-  if (gathers && large) return call.launch<scalar_t, 128, 64, gathered, Multiply>();
-  if (gathers) return call.launch<scalar_t, 64, 64, gathered, Multiply>();
   if constexpr (sizeof(scalar_t) < 8) {
     if (wide) return call.launch<scalar_t, 128, 128, chunks, Multiply>();
   }
@@ -82,24 +80,16 @@ void launch_by_size(const Conv2dCall& call, bool gathers, bool large, bool wide)
 
 // By products of groups of warps. Whether these are asked for and serve the call.
 template <class scalar_t>
-bool launch_by_groups(const Conv2dCall& call, bool by_boxes, bool gathers, bool wide) {
+bool launch_by_groups(const Conv2dCall& call, bool by_boxes, bool wide) {
   using enum Copies;
   if (by_boxes) {
-    const bool tall = asks_for_tall_tiles() && occupies(call, 256, wide ? 128 : 64);
-    if (wide) {
-      tall ? call.launch<scalar_t, 256, 128, boxes, GroupProducts>()
-           : call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
-    } else {
-      tall ? call.launch<scalar_t, 256, 64, boxes, GroupProducts>()
-           : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
-    }
+    wide ? call.launch<scalar_t, 128, 128, boxes, GroupProducts>()
+         : call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
     return true;
   }
   if constexpr (sizeof(scalar_t) == 2) {
     if (!asks_for_wgmma()) return false;
-    if (gathers) {
-      call.launch<scalar_t, 128, 64, gathered, GroupProducts>();
-    } else if (wide) {
+    if (wide) {
       call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
     } else {
       call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
@@ -111,22 +101,22 @@ bool launch_by_groups(const Conv2dCall& call, bool by_boxes, bool gathers, bool 
 
 // Tiles of every size add up an output's products in the same order. Only where wgmma takes over
 // from mma.sync, and boxes from chunks, may the number of images change a result's bits.
-void launch_conv2d(const Conv2dCall& call, bool gathers) {
+void launch_conv2d(const Conv2dCall& call) {
   const bool wide = call.g.outputs_per_group() > 64 && occupies(call, 128, 128);
   const bool large = occupies(call, 128, 64);
   // Boxes by half as many are faster than chunks by tiles enough.
   const bool by_boxes =
-      !gathers && (large || occupies(call, 128, 32)) &&
+      (large || occupies(call, 128, 32)) &&
       takes_boxes(call.g, call.images.memory, call.images.channels, call.images.col);
   with_dtype(call.weight, [&](auto zero) {
     using scalar_t = decltype(zero);
     if constexpr (sizeof(scalar_t) < 8) {
-      if ((large || by_boxes) && launch_by_groups<scalar_t>(call, by_boxes, gathers, wide)) return;
+      if ((large || by_boxes) && launch_by_groups<scalar_t>(call, by_boxes, wide)) return;
     }
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, gathers, large, wide);
+      if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, large, wide);
     }
-    launch_by_size<scalar_t, WarpProducts>(call, gathers, large, wide);
+    launch_by_size<scalar_t, WarpProducts>(call, large, wide);
   });
 }
 
@@ -199,9 +189,7 @@ void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at:
       bias.has_value() && bias->defined() ? bias->contiguous() : at::Tensor();
   if (takes_pointwise(g, input, output))
     return pointwise_conv2d(g, input, weight, dense_bias, output);
-  const bool gathered = gathers(input, g);
-  const int64_t channels =
-      gathered ? g.channels_per_group() : whole_chunks(g.channels_per_group(), input);
+  const int64_t channels = whole_chunks(g.channels_per_group(), input);
   const WeightPlace from{0,
                          g.outputs_per_group() * weight.stride(0),
                          weight.stride(0),
@@ -212,11 +200,11 @@ void implicit_conv2d(const Conv2dGeometry& g, const at::Tensor& input, const at:
       is_matrix(g, weight, channels) ? weight : weight_rows(g, weight, from, channels);
   const OutputPlace place{0, output.stride(0), output.stride(1), output.stride(2),
                           output.stride(3)};
-  const ImageReader images(input, g.groups, gathered);
+  const ImageReader images(input, g.groups);
   for (int64_t n = 0; n < g.N; n += images.at_a_time()) {
     const int64_t count = std::min(images.at_a_time(), g.N - n);
-    launch_conv2d({g, images.read(n, count), matrix, dense_bias, output.narrow(0, n, count), place},
-                  gathered);
+    launch_conv2d(
+        {g, images.read(n, count), matrix, dense_bias, output.narrow(0, n, count), place});
   }
 }
 
@@ -224,9 +212,7 @@ void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
   if (takes_pointwise(g, grad_output, grad_input))
     return pointwise_grad_input(g, grad_output, weight, grad_input);
-  const bool gathered = gathers(grad_output, g);
-  const int64_t outputs = g.outputs_per_group();
-  const int64_t channels = gathered ? outputs : whole_chunks(outputs, weight);
+  const int64_t channels = whole_chunks(g.outputs_per_group(), weight);
   const int64_t count_h = std::min(g.stride_h, g.H), count_w = std::min(g.stride_w, g.W);
   std::vector<ResidueConv2d> residues;
   for (int64_t a = 0; a < count_h; ++a) {
@@ -238,14 +224,13 @@ void implicit_grad_input(const Conv2dGeometry& g, const at::Tensor& grad_output,
     }
   }
   if (static_cast<int64_t>(residues.size()) < count_h * count_w) grad_input.zero_();
-  const ImageReader images(grad_output, g.groups, gathered);
+  const ImageReader images(grad_output, g.groups);
   for (int64_t n = 0; n < g.N; n += images.at_a_time()) {
     const int64_t count = std::min(images.at_a_time(), g.N - n);
     const TileImages grad = images.read(n, count);
     for (const ResidueConv2d& residue : residues)
       launch_conv2d({residue.g, grad, residue.weight, at::Tensor(), grad_input.narrow(0, n, count),
-                     residue.place},
-                    gathered);
+                     residue.place});
   }
 }
 

@@ -14,14 +14,12 @@ namespace dlops::cuda {
 // (allowTF32CuBLAS() raises where only torch.backends.cuda.matmul.fp32_precision was used.)
 bool allows_tf32();
 
-// Whether Hopper's products of groups of warps are asked for,
-// DLOPS_CUDA_CONV2D=implicit_gemm_wgmma, implicit_gemm_tma or implicit_gemm_tma_256, the latter
-// two's copies of boxes, and the last one's tiles of 256 pixels or columns: an error where the
-// device or the build has none. float64, and float32 with all its digits, have no such products and
-// do not ask.
+// Whether Hopper's products of groups of warps are asked for, DLOPS_CUDA_CONV2D=implicit_gemm_wgmma
+// or implicit_gemm_tma, and the latter's copies of boxes: an error where the device or the build
+// has none. Where nothing is asked for, whether both are there. float64, and float32 with all its
+// digits, have no such products and do not ask.
 bool asks_for_wgmma();
 bool asks_for_boxes();
-bool asks_for_tall_tiles();
 
 // Enough tiles to occupy the largest devices: where the gradient of the weight is cut into parts,
 // the same on every device, for the cut decides on the order of its sums. Fewer in tests, so that
@@ -57,11 +55,11 @@ inline int64_t whole_chunks(int64_t elements, const at::Tensor& tensor) {
   return ceil_div(elements, chunk_elements(tensor)) * chunk_elements(tensor);
 }
 
-// Some images in memory, with the steps to the next image, group, and so on. Pixels follow one
-// another at one step, `col`, unless the images are read in place whatever their strides.
+// Some images in memory, whose channels are neighbours, with the steps to the next image, group,
+// row and pixel. Pixels follow one another at one step, `col`.
 struct TileImages {
   at::Tensor memory;
-  int64_t image, group, channel, row, col;
+  int64_t image, group, row, col;
   int64_t channels;  // of a group, with the zeros that fill its last chunk
 };
 
@@ -69,8 +67,7 @@ struct TileImages {
 // time, so that the copy takes little memory and is read again while the cache still has it.
 class ImageReader {
  public:
-  // `in_place`: whatever the strides.
-  ImageReader(const at::Tensor& images, int64_t groups, bool in_place = false);
+  ImageReader(const at::Tensor& images, int64_t groups);
   // Most images in a call of read.
   int64_t at_a_time() const { return at_a_time_; }
   // What read gives: the channels of a group and the step from pixel to pixel.
@@ -83,10 +80,6 @@ class ImageReader {
   int64_t groups_, at_a_time_;
   bool in_place_;
 };
-
-// Whether columns of these images, input or grad_output, are gathered element by element where the
-// images are: first layers.
-bool gathers(const at::Tensor& images, const Conv2dGeometry& g);
 
 // Where a convolution's weights are, in elements from the first: the steps to the next group, row
 // of the matrix, channel, and row and column of the kernel.
@@ -131,7 +124,6 @@ TileConv2d<scalar_t> tile_conv2d(const Conv2dGeometry& g, const TileImages& imag
   return {images.memory.const_data_ptr<scalar_t>(),
           images.image,
           images.group,
-          images.channel,
           images.row,
           images.col,
           images.memory.size(0),

@@ -18,20 +18,37 @@
 namespace dlops::cuda {
 namespace {
 
-enum class Choice { im2col, implicit_gemm, wgmma, tma, tma_256 };
+enum class Choice { fastest, im2col, implicit_gemm, wgmma, tma };
 
 Choice choice() {
   const char* const asked = std::getenv("DLOPS_CUDA_CONV2D");
-  const std::string_view value = asked == nullptr ? "im2col" : asked;
+  if (asked == nullptr) return Choice::fastest;
+  const std::string_view value = asked;
   if (value == "im2col") return Choice::im2col;
   if (value == "implicit_gemm") return Choice::implicit_gemm;
   if (value == "implicit_gemm_wgmma") return Choice::wgmma;
-  if (value == "implicit_gemm_tma") return Choice::tma;
-  TORCH_CHECK_VALUE(value == "implicit_gemm_tma_256",
-                    "DLOPS_CUDA_CONV2D must be im2col (the default), implicit_gemm, "
-                    "implicit_gemm_wgmma, implicit_gemm_tma or implicit_gemm_tma_256, got ",
+  TORCH_CHECK_VALUE(value == "implicit_gemm_tma",
+                    "DLOPS_CUDA_CONV2D must be unset (the fastest), im2col, implicit_gemm, "
+                    "implicit_gemm_wgmma or implicit_gemm_tma, got ",
                     value);
-  return Choice::tma_256;
+  return Choice::tma;
+}
+
+// Whether the device and the build have Hopper's own instructions.
+bool device_has_wgmma() {
+#if defined(__CUDACC__)
+  const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
+  return device.major == 9 && device.minor == 0;
+#else
+  return true;
+#endif
+}
+bool build_has_wgmma() {
+#if defined(__CUDACC__)
+  return std::string_view(DLOPS_CUDA_ARCH_LIST).find("9.0a") != std::string_view::npos;
+#else
+  return true;
+#endif
 }
 
 // What tiles are copied and multiplied by.
@@ -62,11 +79,6 @@ bool fits(const Conv2dGeometry& g) {
          axis(g.W, g.OW, g.stride_w, g.pad_left, g.dilation_w, g.S) && g.C < limit && g.O < limit &&
          g.R * g.S < limit && g.R * g.S * (g.channels_per_group() + 7) < limit &&
          g.R * g.S * (g.outputs_per_group() + 7) < limit;
-}
-
-// The step along an axis; none where there is nowhere to go.
-int64_t step(const at::Tensor& tensor, int64_t axis) {
-  return tensor.size(axis) > 1 ? tensor.stride(axis) : 0;
 }
 
 // Whether a group's channels are neighbours, in whole chunks at addresses that are multiples of 16,
@@ -129,26 +141,32 @@ bool allows_tf32() {
 bool asks_for_implicit_gemm() { return choice() != Choice::im2col; }
 
 bool asks_for_wgmma() {
+  if (choice() == Choice::fastest) return device_has_wgmma() && build_has_wgmma();
   if (choice() < Choice::wgmma) return false;
-#if defined(__CUDACC__)
-  const cudaDeviceProp& device = *at::cuda::getCurrentDeviceProperties();
   const char* const asked = std::getenv("DLOPS_CUDA_CONV2D");
-  TORCH_CHECK(device.major == 9 && device.minor == 0, "DLOPS_CUDA_CONV2D=", asked,
-              " needs a device of compute capability 9.0, this one has ", device.major, ".",
-              device.minor, "; implicit_gemm serves all from 8.0 on");
-  TORCH_CHECK(std::string_view(DLOPS_CUDA_ARCH_LIST).find("9.0a") != std::string_view::npos,
-              "DLOPS_CUDA_CONV2D=", asked, " needs a build for 9.0a, this one is for ",
-              DLOPS_CUDA_ARCH_LIST, "; set TORCH_CUDA_ARCH_LIST=9.0a and build again");
+  TORCH_CHECK(device_has_wgmma(), "DLOPS_CUDA_CONV2D=", asked,
+              " needs a device of compute capability 9.0; implicit_gemm serves all from 8.0 on");
+#if defined(__CUDACC__)
+  TORCH_CHECK(build_has_wgmma(), "DLOPS_CUDA_CONV2D=", asked,
+              " needs a build for 9.0a, this one is for ", DLOPS_CUDA_ARCH_LIST,
+              "; set TORCH_CUDA_ARCH_LIST=9.0a and build again");
 #endif
   return true;
 }
 
-bool asks_for_boxes() { return asks_for_wgmma() && choice() >= Choice::tma; }
+bool asks_for_boxes() {
+  return asks_for_wgmma() && (choice() == Choice::fastest || choice() == Choice::tma);
+}
 
-bool asks_for_tall_tiles() { return asks_for_boxes() && choice() == Choice::tma_256; }
+// Where nothing is asked for, products with all digits of float32 and float64 are the library's.
+bool serves(const at::Tensor& tensor) {
+  return choice() != Choice::fastest || tensor.element_size() == 2 ||
+         (tensor.scalar_type() == at::kFloat && allows_tf32());
+}
 
 bool takes_implicit_gemm(const at::Tensor& tensor, const Conv2dGeometry& g) {
-  return asks_for_implicit_gemm() && has_dtype(tensor) && fits(g) && has_instructions();
+  return asks_for_implicit_gemm() && has_dtype(tensor) && serves(tensor) && fits(g) &&
+         has_instructions();
 }
 
 bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g) {
@@ -158,20 +176,11 @@ bool takes_implicit_grad_input(const at::Tensor& tensor, const Conv2dGeometry& g
          std::min(g.stride_h, g.H) * std::min(g.stride_w, g.W) <= kMostResidues;
 }
 
-bool gathers(const at::Tensor& images, const Conv2dGeometry& g) {
-  constexpr int64_t kFewChannels = 0;
-  const int64_t channels = images.size(1) / g.groups;
-  const int64_t span = (g.R * g.dilation_h + 1) * step(images, 2) +
-                       (g.S * g.dilation_w + 1) * step(images, 3) + channels * step(images, 1);
-  return channels <= kFewChannels && channels * g.R * g.S <= kMostTaps && span < int64_t(1) << 31 &&
-         !has_chunks(images, g.groups);
-}
-
-ImageReader::ImageReader(const at::Tensor& images, int64_t groups, bool in_place)
+ImageReader::ImageReader(const at::Tensor& images, int64_t groups)
     : images_(images),
       groups_(groups),
       at_a_time_(images.size(0)),
-      in_place_(in_place || has_chunks(images, groups)) {
+      in_place_(has_chunks(images, groups)) {
   if (in_place_) return;
   const int64_t bytes = pixel() * images.size(2) * images.size(3) * images.element_size();
   at_a_time_ =
@@ -188,9 +197,7 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
   const at::Tensor images = images_.narrow(0, first, count);
   const int64_t channels = images.size(1) / groups_, H = images.size(2), W = images.size(3);
   if (in_place_)
-    return {images,           images.stride(0), channels * images.stride(1),
-            images.stride(1), images.stride(2), images.stride(3),
-            channels};
+    return {images, images.stride(0), channels, images.stride(2), images.stride(3), channels};
   const int64_t padded = this->channels(), places = pixel();
   const at::Tensor memory = at::empty({count, H, W, places}, images.options());
   const int64_t chunk = chunk_elements(images);
@@ -199,12 +206,19 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
                      reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
   with_dtype(images, [&](auto zero) {
     using scalar_t = decltype(zero);
+    using Pixels = ChannelsLastPixels<scalar_t>;
+    if (groups_ == 1 && padded <= Pixels::kMostChunks * chunk)
+      return for_each(
+          memory.numel() / chunk,
+          Pixels{images.const_data_ptr<scalar_t>(), images.stride(0), images.stride(1),
+                 images.stride(2), images.stride(3), Divider(padded / chunk), Divider(W),
+                 Divider(H), static_cast<int>(channels), memory.mutable_data_ptr<scalar_t>()});
     for_each_tile(ChannelsLastTiles<scalar_t>{
         images.const_data_ptr<scalar_t>(), images.stride(0), images.stride(1), images.stride(2),
         images.stride(3), count, H * W, static_cast<int>(W), static_cast<int>(channels),
         static_cast<int>(padded), places, whole, memory.mutable_data_ptr<scalar_t>()});
   });
-  return {memory, H * W * places, padded, 1, W * places, places, padded};
+  return {memory, H * W * places, padded, W * places, places, padded};
 }
 
 at::Tensor weight_rows(const Conv2dGeometry& g, const at::Tensor& weight, const WeightPlace& place,

@@ -13,28 +13,49 @@
 namespace dlops::cuda {
 namespace {
 
-// One weight per index, in the order of the sums, (groups, O, R, S, C), which have `padded`
-// channels.
-template <class scalar_t>
+// Some weights per index, `width` neighbouring channels in the order of the sums, (groups, O, R, S,
+// C), which have `padded` channels.
+template <class scalar_t, int width>
 struct AddParts {
+  using T = at::opmath_type<scalar_t>;
+  struct alignas(width * sizeof(T)) Sums {
+    T of[width];
+  };
+  struct alignas(width * sizeof(scalar_t)) Values {
+    scalar_t of[width];
+  };
   Parts parts;
   int64_t padded;
-  Divider channels, S, R;
+  Divider packs, S, R;  // packs of channels
   int64_t stride_o, stride_c, stride_r, stride_s;
-  const at::opmath_type<scalar_t>* sums;
+  bool together;  // packs are neighbours in grad_weight too
+  const T* sums;
   scalar_t* grad_weight;
 
   DLOPS_HOST_DEVICE void operator()(int64_t i) const {
     // Each split leaves the remainder in place of what it divides.
     int64_t c = i;
-    int64_t s = channels.split(c);
-    const auto* const first = sums + s * padded + c;
+    int64_t s = packs.split(c);
+    c *= width;
+    const T* const first = sums + s * padded + c;
     int64_t r = S.split(s);
     const int64_t o = R.split(r);
-    at::opmath_type<scalar_t> sum = first[0];
-    for (int64_t part = 1; part < parts.count; ++part) sum += first[part * parts.step];
-    grad_weight[o * stride_o + c * stride_c + r * stride_r + s * stride_s] =
-        static_cast<scalar_t>(sum);
+    Sums sum = *reinterpret_cast<const Sums*>(first);
+    for (int64_t part = 1; part < parts.count; ++part) {
+      const Sums next = *reinterpret_cast<const Sums*>(first + part * parts.step);
+      DLOPS_UNROLL
+      for (int j = 0; j < width; ++j) sum.of[j] += next.of[j];
+    }
+    Values values;
+    DLOPS_UNROLL
+    for (int j = 0; j < width; ++j) values.of[j] = static_cast<scalar_t>(sum.of[j]);
+    scalar_t* const to = grad_weight + o * stride_o + c * stride_c + r * stride_r + s * stride_s;
+    if (together) {
+      *reinterpret_cast<Values*>(to) = values;
+    } else {
+      DLOPS_UNROLL
+      for (int j = 0; j < width; ++j) to[j * stride_c] = values.of[j];
+    }
   }
 };
 
@@ -94,65 +115,61 @@ struct GradWeightCall {
 
 // By products of warps, or of threads. Of float64 the largest tiles would take all registers.
 template <class scalar_t, template <class, int, int> class Multiply>
-void launch_by_size(const GradWeightCall& call, Copies copies, bool large) {
+void launch_by_size(const GradWeightCall& call, bool large) {
   using enum Copies;
-  if (copies == gathered) return call.launch<scalar_t, 64, 64, gathered, Multiply>();
   if constexpr (sizeof(scalar_t) < 8) {
     if (large) return call.launch<scalar_t, 128, 128, chunks, Multiply>();
   }
   call.launch<scalar_t, 64, 64, chunks, Multiply>();
 }
 
-void launch_grad_weight(const GradWeightCall& call, Copies copies) {
+// By products of groups of warps.
+template <class scalar_t, Copies copies>
+void launch_by_groups(const GradWeightCall& call, bool wide, bool many) {
+  if (!wide) return call.launch<scalar_t, 64, 128, copies, GroupProducts>();
+  many ? call.launch<scalar_t, 128, 128, copies, GroupProducts>()
+       : call.launch<scalar_t, 128, 64, copies, GroupProducts>();
+}
+
+// Of so many outputs, tiles of 64 would be mostly empty.
+constexpr int64_t kFewOutputs = 16;
+
+void launch_grad_weight(const GradWeightCall& call, bool by_boxes) {
   const Conv2dGeometry& g = call.g;
   const bool wide = g.outputs_per_group() > 64, many = g.column_rows() > 64;
   with_dtype(call.grad.memory, [&](auto zero) {
     using scalar_t = decltype(zero);
     using enum Copies;
     if constexpr (sizeof(scalar_t) == 2) {
-      if (!wide && asks_for_wgmma() && g.outputs_per_group() > 16) {
-        if (copies == boxes) return call.launch<scalar_t, 64, 128, boxes, GroupProducts>();
-        if (copies == chunks) return call.launch<scalar_t, 64, 128, chunks, GroupProducts>();
-      }
-      if (copies == boxes && asks_for_tall_tiles() && g.column_rows() >= 192)
-        return call.launch<scalar_t, 128, 256, boxes, GroupProducts>();
-      if (copies == boxes && many) return call.launch<scalar_t, 128, 128, boxes, GroupProducts>();
-      if (copies == boxes) return call.launch<scalar_t, 128, 64, boxes, GroupProducts>();
-      if (wide && copies == chunks && asks_for_wgmma()) {
-        if (many) return call.launch<scalar_t, 128, 128, chunks, GroupProducts>();
-        return call.launch<scalar_t, 128, 64, chunks, GroupProducts>();
-      }
+      if (by_boxes) return launch_by_groups<scalar_t, boxes>(call, wide, many);
+      if (g.outputs_per_group() > kFewOutputs && asks_for_wgmma())
+        return launch_by_groups<scalar_t, chunks>(call, wide, many);
     }
     if constexpr (std::is_same_v<scalar_t, float>) {
-      if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, copies, wide && many);
+      if (!allows_tf32()) return launch_by_size<float, ThreadProducts>(call, wide && many);
     }
-    launch_by_size<scalar_t, WarpProducts>(call, copies, wide && many);
+    launch_by_size<scalar_t, WarpProducts>(call, wide && many);
   });
 }
 
-// How the columns come.
-Copies copies_of(const Conv2dGeometry& g, const at::Tensor& input, const ImageReader& images,
-                 const ImageReader& grads) {
-  if (gathers(input, g)) return Copies::gathered;
-  const int64_t outputs = g.outputs_per_group();
-  const bool by_boxes = input.element_size() == 2 && outputs > 16 &&
-                        takes_boxes(g, input, images.channels(), images.pixel()) &&
-                        grads.pixel() >= g.groups * grads.channels() &&
-                        grads.pixel() < int64_t(1) << 38 &&  // a step of the TMA's
-                        g.N * g.output_pixels() < int64_t(1) << 31;
-  return by_boxes ? Copies::boxes : Copies::chunks;
+bool sums_by_boxes(const Conv2dGeometry& g, const at::Tensor& input, const ImageReader& images,
+                   const ImageReader& grads) {
+  return input.element_size() == 2 && g.outputs_per_group() > kFewOutputs &&
+         takes_boxes(g, input, images.channels(), images.pixel()) &&
+         grads.pixel() >= g.groups * grads.channels() &&
+         grads.pixel() < int64_t(1) << 38 &&  // a step of the TMA's
+         g.N * g.output_pixels() < int64_t(1) << 31;
 }
 
 }  // namespace
 
 void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output,
                           const at::Tensor& input, const at::Tensor& grad_weight) {
-  const ImageReader images(input, g.groups, gathers(input, g));
+  const ImageReader images(input, g.groups);
   const ImageReader grads(grad_output, g.groups);
-  const Copies copies = copies_of(g, input, images, grads);
+  const bool by_boxes = sums_by_boxes(g, input, images, grads);
   const int64_t at_a_time = std::min(images.at_a_time(), grads.at_a_time());
-  const int64_t channels =
-      copies == Copies::boxes ? whole_boxes(images.channels(), input) : images.channels();
+  const int64_t channels = by_boxes ? whole_boxes(images.channels(), input) : images.channels();
   const int64_t count = g.O * g.R * g.S * channels;
   const at::ScalarType sum_type = at::toOpMathType(input.scalar_type());
   const int64_t part_pixels = pixels_of_part(g, at_a_time * g.output_pixels(),
@@ -162,17 +179,28 @@ void implicit_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output
   for (int64_t n = 0; n < g.N; n += at_a_time) {
     const int64_t some = std::min(at_a_time, g.N - n);
     launch_grad_weight(
-        {g, images.read(n, some), grads.read(n, some), channels, part_pixels, n > 0, sums}, copies);
+        {g, images.read(n, some), grads.read(n, some), channels, part_pixels, n > 0, sums},
+        by_boxes);
   }
   with_dtype(input, [&](auto zero) {
     using scalar_t = decltype(zero);
     auto* const first = sums.mutable_data_ptr<at::opmath_type<scalar_t>>();
     const Parts left = add_shares(first, parts, count);
-    for_each(grad_weight.numel(),
-             AddParts<scalar_t>{left, channels, Divider(g.channels_per_group()), Divider(g.S),
-                                Divider(g.R), grad_weight.stride(0), grad_weight.stride(1),
-                                grad_weight.stride(2), grad_weight.stride(3), first,
-                                grad_weight.mutable_data_ptr<scalar_t>()});
+    const int64_t C = g.channels_per_group();
+    const auto add_parts = [&]<int width>(std::integral_constant<int, width>) {
+      const bool together =
+          grad_weight.stride(1) == 1 &&
+          are_aligned(grad_weight.stride(0) | grad_weight.stride(2) | grad_weight.stride(3), width,
+                      {&grad_weight});
+      for_each(grad_weight.numel() / width,
+               AddParts<scalar_t, width>{left, channels, Divider(C / width), Divider(g.S),
+                                         Divider(g.R), grad_weight.stride(0), grad_weight.stride(1),
+                                         grad_weight.stride(2), grad_weight.stride(3), together,
+                                         first, grad_weight.mutable_data_ptr<scalar_t>()});
+    };
+    constexpr int width = 16 / sizeof(at::opmath_type<scalar_t>);
+    C % width == 0 ? add_parts(std::integral_constant<int, width>{})
+                   : add_parts(std::integral_constant<int, 1>{});
   });
 }
 

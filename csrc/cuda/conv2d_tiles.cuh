@@ -42,16 +42,12 @@ template <class scalar_t, int kPixels, int kOutputs, Copies copies,
           template <class, int, int> class Multiply = WarpProducts>
 struct Conv2dTiles : Tile<scalar_t> {
   using T = Tile<scalar_t>;
-  using Room = TileRoom<scalar_t, kPixels, kOutputs>;
-  static constexpr int kBlocks = Room::kBlocks, kStages = Room::kStages;
   using Products = Multiply<scalar_t, kPixels, kOutputs>;
   static constexpr Copies kCopies = copies;
-  static constexpr bool gathers = copies == Copies::gathered, by_boxes = copies == Copies::boxes;
+  static constexpr bool by_boxes = copies == Copies::boxes;
   static constexpr int kPixelRows = kPixels / 32, kWeightRows = kOutputs / 32;  // a thread copies
   static constexpr int kStageBytes = (kPixels + kOutputs) * T::kRowBytes;
-  static constexpr int kTapBytes = gathers ? kMostTaps * static_cast<int>(sizeof(Tap)) : 0;
-  static constexpr int kSharedBytes =
-      kStages * kStageBytes + (by_boxes ? Room::kBarrierBytes : kTapBytes);
+  static constexpr int kSharedBytes = T::kStages * kStageBytes + (by_boxes ? T::kBarrierBytes : 0);
 
   static_assert(!by_boxes || Products::kByGroups);
   struct Boxes {
@@ -86,22 +82,16 @@ struct Conv2dTiles : Tile<scalar_t> {
 
   // A thread's part of stage `step`: one chunk of some rows of both tiles.
   template <class Block>
-  DLOPS_DEVICE void copy(Block& block, const Windows& windows, unsigned char* tile, const Tap* taps,
-                         int thread, const scalar_t* weights, int outputs, int step) const {
+  DLOPS_DEVICE void copy(Block& block, const Windows& windows, unsigned char* tile, int thread,
+                         const scalar_t* weights, int outputs, int step) const {
     const int chunk = thread % T::kChunks, row = thread / T::kChunks;
     const int k = step * T::kRow + chunk * T::kChunk;
-    if constexpr (gathers) {
-      DLOPS_UNROLL
-      for (int i = 0; i < kPixelRows; ++i)
-        gather(chunk_at(tile, row + i * 32, chunk), conv, windows.rows[i], taps + k);
-    } else {
-      const Cell cell(conv, k);
-      DLOPS_UNROLL
-      for (int i = 0; i < kPixelRows; ++i)
-        block.template copy<16>(chunk_at(tile, row + i * 32, chunk),
-                                windows.rows[i].start + cell.offset,
-                                k < weight_row && windows.rows[i].inside(conv, cell));
-    }
+    const Cell cell(conv, k);
+    DLOPS_UNROLL
+    for (int i = 0; i < kPixelRows; ++i)
+      block.template copy<16>(chunk_at(tile, row + i * 32, chunk),
+                              windows.rows[i].start + cell.offset,
+                              k < weight_row && windows.rows[i].inside(conv, cell));
     DLOPS_UNROLL
     for (int i = 0; i < kWeightRows; ++i) {
       const int o = row + i * 32;
@@ -129,9 +119,9 @@ struct Conv2dTiles : Tile<scalar_t> {
       block.groups([&](int group) {
         DLOPS_UNROLL
         for (int bytes = 0; bytes < T::kRowBytes; bytes += 32)
-          Products::template start<false>(
-              block, group, sums, [&](int row) { return tile + row * T::kRowBytes + bytes; },
-              [&](int column) { return tile + (kPixels + column) * T::kRowBytes + bytes; });
+          Products::template start<false>(block, group, sums,
+                                          tile + group * 64 * T::kRowBytes + bytes,
+                                          tile + kPixels * T::kRowBytes + bytes);
       });
     } else {
       block.warps([&](int warp) {
@@ -168,7 +158,7 @@ struct Conv2dTiles : Tile<scalar_t> {
   template <class L, class Block, class S, class F>
   DLOPS_DEVICE void write_lines(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
                                 int first_output, int group, const F& place_of) const {
-    static_assert(L::kBytes <= kStages * kStageBytes);
+    static_assert(L::kBytes <= T::kStages * kStageBytes);
     const int64_t first_channel = static_cast<int64_t>(group) * conv.O + first_output;
     const int outputs = conv.O - first_output;
     // The bias joins the sums before they are rounded.
@@ -193,27 +183,22 @@ struct Conv2dTiles : Tile<scalar_t> {
 
   // All stages, but of boxes.
   template <class Block, class F, class G>
-  DLOPS_DEVICE void copy_and_multiply(Block& block, unsigned char* shared, int64_t first_pixel,
-                                      int first_output, int group, const F& stage,
-                                      const G& multiply_stage) const {
+  DLOPS_DEVICE void copy_and_multiply(Block& block, int64_t first_pixel, int first_output,
+                                      int group, const F& stage, const G& multiply_stage) const {
     const scalar_t* weights =
         weight + (static_cast<int64_t>(group) * conv.O + first_output) * weight_row;
     const int steps = static_cast<int>(tiles_of(weight_row, T::kRow));
-    Tap* const taps = reinterpret_cast<Tap*>(shared + kStages * kStageBytes);
     typename Block::template PerThread<Windows> windows;
     block.threads([&](int thread) {
       for (int i = 0; i < kPixelRows; ++i)
         windows[thread].rows[i] = Window<scalar_t>(conv, first_pixel + thread / T::kChunks + i * 32,
                                                    conv.pixels(), group);
-      if constexpr (gathers)
-        for (int k = thread; k < steps * T::kRow; k += T::kThreads) taps[k] = Tap(conv, k);
     });
-    if constexpr (gathers) block.sync();
-    run_stages<Products, kStages>(
+    run_stages<Products, T::kStages>(
         block, steps,
         [&](int64_t step) {
           block.threads([&](int thread) {
-            copy(block, windows[thread], stage(step), taps, thread, weights, conv.O - first_output,
+            copy(block, windows[thread], stage(step), thread, weights, conv.O - first_output,
                  static_cast<int>(step));
           });
         },
@@ -230,7 +215,7 @@ struct Conv2dTiles : Tile<scalar_t> {
     const int group = static_cast<int>(groups_and_pixels - pixel_tile * conv.groups);
     const int64_t first_pixel = pixel_tile * kPixels;
     const auto stage = [&](int64_t step) {
-      return shared + static_cast<int>(step) % kStages * kStageBytes;
+      return shared + static_cast<int>(step) % T::kStages * kStageBytes;
     };
     typename Block::template PerThread<typename Products::Fragments> fragments;
     typename Block::template PerThread<typename Products::Sums> sums;
@@ -241,8 +226,8 @@ struct Conv2dTiles : Tile<scalar_t> {
     };
     if constexpr (by_boxes) {
       const OutputPixel at(conv, first_pixel);
-      run_stages_of_boxes<kStages>(
-          block, reinterpret_cast<uint64_t*>(shared + kStages * kStageBytes),
+      run_stages_of_boxes<T::kStages>(
+          block, reinterpret_cast<uint64_t*>(shared + T::kStages * kStageBytes),
           conv.column_rows() / T::kRow, kStageBytes,
           [&](int64_t step, uint64_t* barrier) {
             copy_boxes(block, barrier, stage(step), at, first_output, group,
@@ -250,7 +235,7 @@ struct Conv2dTiles : Tile<scalar_t> {
           },
           multiply_stage);
     } else {
-      copy_and_multiply(block, shared, first_pixel, first_output, group, stage, multiply_stage);
+      copy_and_multiply(block, first_pixel, first_output, group, stage, multiply_stage);
     }
     if constexpr (Products::kByGroups) block.settle(sums);
     write(block, shared, sums, first_pixel, first_output, group);

@@ -75,9 +75,10 @@ struct LossAndGradient {
   DLOPS_HOST_DEVICE void write_grad_input(R& row, T factor, T slopes) const {
     if (row.has_one_class()) {
       const T at_label = slopes * row.not_p(row.label), others = -(slopes * row.inverse);
-      row.logits.write(grad_input + row.first, [&](int64_t c, T x) {
-        return c == row.label ? at_label : others * ScalarMath<T>::exp(x - row.max);
-      });
+      row.logits.write(grad_input + row.first,
+                       [&](T x) { return others * ScalarMath<T>::exp(x - row.max); });
+      // By the member that wrote there before.
+      if (row.logits.owns(row.label)) row.set(grad_input, row.label, at_label);
     } else {
       row.for_each_class([&](int64_t c) {
         const T own = factor * row.slope(c);

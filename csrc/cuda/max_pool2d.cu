@@ -7,9 +7,11 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #include "common/checks.h"
 #include "common/cuda_utils.cuh"
+#include "cuda/max_pool2d_squares.cuh"
 #include "cuda/windows.cuh"
 #include "max_pool2d_math.h"
 
@@ -165,6 +167,17 @@ void with_elements(const Pool2dGeometry& g, int64_t H, int64_t W, at::MemoryForm
   is_channels_last(format) ? f(Packs<1, true>(g.N, g.C, H, W)) : f(Packs<1, false>(g.N, g.C, H, W));
 }
 
+// Calls f(Square()) for the windows that max_pool2d_squares.cuh takes, and says whether it did.
+template <class F>
+bool with_square(const Pool2dGeometry& g, const F& f) {
+  const auto takes = [&]<int kernel, int stride>(Square<kernel, stride> square) {
+    if (!are_squares(g, kernel, stride)) return false;
+    f(square);
+    return true;
+  };
+  return takes(Square<2, 2>()) || takes(Square<3, 2>()) || takes(Square<3, 1>());
+}
+
 void check_same_device(const at::Tensor& cells, const at::Tensor& other, const char* name,
                        const char* op) {
   TORCH_CHECK(cells.device() == other.device(), op, ": expected all tensors to be on the same ",
@@ -184,11 +197,18 @@ at::Tensor pool(const Pool2dGeometry& g, const at::Tensor& input, at::Tensor* ce
     with_cell_type(g, [&](auto cell) {
       using cell_t = decltype(cell);
       with_packs<scalar_t>(g, g.OH, g.OW, format, {&dense, &output}, [&](auto packs) {
-        for_each(
-            packs.count(),
-            MaxPool2d<scalar_t, cell_t, decltype(packs)>{
-                g, packs, dense.const_data_ptr<scalar_t>(), output.mutable_data_ptr<scalar_t>(),
-                cells == nullptr ? nullptr : cells->mutable_data_ptr<cell_t>()});
+        using P = decltype(packs);
+        const scalar_t* const from = dense.const_data_ptr<scalar_t>();
+        scalar_t* const to = output.mutable_data_ptr<scalar_t>();
+        cell_t* const cells_to = cells == nullptr ? nullptr : cells->mutable_data_ptr<cell_t>();
+        if constexpr (std::is_same_v<cell_t, uint8_t>) {
+          if (with_square(g, [&]<int kernel, int stride>(Square<kernel, stride>) {
+                for_each(packs.count(),
+                         MaxPool2dSquares<scalar_t, P, kernel>{g, packs, from, to, cells_to});
+              }))
+            return;
+        }
+        for_each(packs.count(), MaxPool2d<scalar_t, cell_t, P>{g, packs, from, to, cells_to});
       });
     });
   });
@@ -255,14 +275,25 @@ at::Tensor max_pool2d_scatter(const at::Tensor& grad_output, const at::Tensor& c
       at::kHalf, at::kBFloat16, grad_output.scalar_type(), "max_pool2d_scatter", [&] {
         with_cell_type(g, [&](auto cell) {
           using cell_t = decltype(cell);
+          const scalar_t* const from = dense.const_data_ptr<scalar_t>();
+          const cell_t* const chosen = dense_cells.const_data_ptr<cell_t>();
+          scalar_t* const to = grad_input.mutable_data_ptr<scalar_t>();
           with_packs<scalar_t>(
               g, g.H, g.W, format, {&dense, &dense_cells, &grad_input}, [&](auto packs) {
+                using P = decltype(packs);
+                if constexpr (std::is_same_v<cell_t, uint8_t>) {
+                  if (with_square(g, [&]<int kernel, int stride>(Square<kernel, stride>) {
+                        using Squares = ScatterSquares<scalar_t, P, kernel, stride>;
+                        const P squares = Squares::squares_of(g);
+                        for_each(squares.count(), Squares{squares, g, from, chosen, to});
+                      }))
+                    return;
+                }
                 for_each(packs.count(),
-                         Scatter<scalar_t, cell_t, decltype(packs)>{
+                         Scatter<scalar_t, cell_t, P>{
                              packs, WindowAxis(g.kernel_h, g.stride_h, g.dilation_h, g.OH),
-                             WindowAxis(g.kernel_w, g.stride_w, g.dilation_w, g.OW), g,
-                             dense.const_data_ptr<scalar_t>(), dense_cells.const_data_ptr<cell_t>(),
-                             grad_input.mutable_data_ptr<scalar_t>()});
+                             WindowAxis(g.kernel_w, g.stride_w, g.dilation_w, g.OW), g, from,
+                             chosen, to});
               });
         });
       });

@@ -15,10 +15,8 @@ struct Panels : Tile<scalar_t> {
   static constexpr int kPanelBytes = kDepth * T::kRowBytes;
   static constexpr int kRowPanels = kRows / T::kRow, kColumnPanels = kColumns / T::kRow;
   static constexpr int kStageBytes = (kRowPanels + kColumnPanels) * kPanelBytes;
-  using Room = TileRoom<scalar_t, kRows, kColumns>;
-  static constexpr int kStages = Room::kStages;
   // Or it spills.
-  static constexpr int kBlocks = sizeof(scalar_t) == 4 && kRows == 128 ? 1 : Room::kBlocks;
+  static constexpr int kBlocks = sizeof(scalar_t) == 4 && kRows == 128 ? 1 : T::kBlocks;
 
   // Eight rows of one chunk (what a transposed read takes), or four rows of two (what reads of
   // single numbers take), lie in different banks.
@@ -30,10 +28,6 @@ struct Panels : Tile<scalar_t> {
   DLOPS_DEVICE static unsigned char* element_at(unsigned char* panels, int row, int element) {
     return chunk_at(panels, row, element / T::kChunk) +
            element % T::kChunk * static_cast<int>(sizeof(scalar_t));
-  }
-  // Where a row of the panel begins that begins with number `first` of a factor.
-  DLOPS_DEVICE static int row_at(int row, int first) {
-    return first / T::kRow * kPanelBytes + row * T::kRowBytes;
   }
   // A thread's part of a factor's panels: calls f(place, row, element) for chunks.
   template <int panels, class F>
@@ -54,9 +48,9 @@ struct Panels : Tile<scalar_t> {
       block.groups([&](int group) {
         DLOPS_UNROLL
         for (int row = 0; row < kDepth; row += step)
-          Products::template start<true>(
-              block, group, sums, [&](int first) { return panels + row_at(row, first); },
-              [&](int first) { return columns + row_at(row, first); }, kPanelBytes);
+          Products::template start<true>(block, group, sums,
+                                         panels + group * kPanelBytes + row * T::kRowBytes,
+                                         columns + row * T::kRowBytes, kPanelBytes);
       });
     } else {
       block.warps([&](int warp) {

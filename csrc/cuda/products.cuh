@@ -21,13 +21,14 @@ struct Tile {
   static constexpr int kBlocks = 2;  // side by side, so that one computes while the other waits
   static constexpr int kRowBytes = 128, kChunks = kRowBytes / 16;  // of 16 bytes
   static constexpr int kStages = 3;
+  static constexpr int kBarrierBytes = kStages * 8;
   static constexpr int kChunk = 16 / sizeof(scalar_t);  // elements
   static constexpr int kRow = kChunks * kChunk;
   using sum_t = at::opmath_type<scalar_t>;
 };
 
-// The sums that a thread holds: M by N products of 16 x 8, those of the next m `row_step` rows on.
-template <class sum_t, int M, int N, int row_step = 16>
+// The sums that a thread holds: M by N products of 16 x 8.
+template <class sum_t, int M, int N>
 struct ThreadSums {
   sum_t values[M][N][4];
 
@@ -38,7 +39,7 @@ struct ThreadSums {
     DLOPS_UNROLL
     for (int i = 0; i < M * N * 2; ++i) {
       const int m = i / (N * 2), n = i / 2 % N, half = i % 2;
-      f(m * row_step + half * 8 + lane / 4, n * 8 + lane % 4 * 2, values[m][n] + half * 2);
+      f(m * 16 + half * 8 + lane / 4, n * 8 + lane % 4 * 2, values[m][n] + half * 2);
     }
   }
   // Calls f(row, column, sum) for each.
@@ -241,45 +242,26 @@ struct ThreadProducts : WarpShare<scalar_t, rows, columns> {
   }
 };
 
-// By groups of four warps (wgmma): each of the two has half the rows, 64 at a time, a warp 16 of
-// these, and every column.
+// By groups of four warps (wgmma): each of the two has half the rows, a warp 16 of them, and every
+// column.
 template <class scalar_t, int rows, int columns>
 struct GroupProducts {
-  static constexpr int kRowsAtATime = 64, kColumnsAtATime = columns < 128 ? columns : 128;
-  static constexpr int M = rows / (2 * kRowsAtATime), N = columns / 8;
+  static constexpr int M = 1, N = columns / 8;
   static constexpr bool kByGroups = true;
-  static_assert(rows % 128 == 0 && columns % kColumnsAtATime == 0);
-  static_assert(Tile<scalar_t>::kThreads == 256);
-  DLOPS_DEVICE static int first_row(int warp) {
-    return warp / 4 * M * kRowsAtATime + warp % 4 * 16;
-  }
+  static_assert(rows == 128 && Tile<scalar_t>::kThreads == 256);
+  DLOPS_DEVICE static int first_row(int warp) { return warp * 16; }
   DLOPS_DEVICE static int first_column(int) { return 0; }
 
   struct Fragments {};  // the factors stay in shared memory
-  using Sums = ThreadSums<float, M, N, kRowsAtATime>;
+  using Sums = ThreadSums<float, M, N>;
 
-  // Starts the products of 32 bytes each of a_at(row), rows counted from the tile's first, and
-  // b_at(column).
-  template <bool transposed, class Block, class S, class A, class B>
-  DLOPS_DEVICE static void start(Block& block, int group, S& sums, const A& a_at, const B& b_at,
-                                 int leading = 0) {
-    DLOPS_UNROLL
-    for (int m = 0; m < M; ++m) DLOPS_UNROLL
-    for (int column = 0; column < columns; column += kColumnsAtATime)
-      block.template start_product<scalar_t, kColumnsAtATime, transposed>(
-          group, [&](int thread) { return &sums[thread].values[m][column / 8][0]; },
-          a_at((group * M + m) * kRowsAtATime), b_at(column), leading);
+  // Starts a product of 32 bytes each.
+  template <bool transposed, class Block, class S>
+  DLOPS_DEVICE static void start(Block& block, int group, S& sums, const unsigned char* a,
+                                 const unsigned char* b, int leading = 0) {
+    block.template start_product<scalar_t, columns, transposed>(
+        group, [&](int thread) { return &sums[thread].values[0][0][0]; }, a, b, leading);
   }
-};
-
-// What a tile needs of a multiprocessor. One whose stages are longer than 128 and 128 rows has it
-// to itself, and with it room for more of them.
-template <class scalar_t, int rows, int columns>
-struct TileRoom {
-  static constexpr bool kAlone = rows + columns > 128 + 128;
-  static constexpr int kBlocks = kAlone ? 1 : Tile<scalar_t>::kBlocks;
-  static constexpr int kStages = kAlone ? 4 : Tile<scalar_t>::kStages;
-  static constexpr int kBarrierBytes = kStages * 8;
 };
 
 }  // namespace dlops::cuda

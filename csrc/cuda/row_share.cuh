@@ -58,7 +58,13 @@ class RowShare {
       for (int j = 0; j < kWidth; ++j) f(static_cast<T>(packs_[k].of[j]));
     });
   }
-  // to[c] = f(c, logit) for all of this member's classes, where `to` is laid out like the logits.
+  DLOPS_HOST_DEVICE bool is_one_chunk() const { return classes_ <= kChunk; }
+  // Whether class c is one of this member's.
+  DLOPS_HOST_DEVICE bool owns(int64_t c) const {
+    const int64_t place = c % kTeamPack - own_;
+    return in_packs_ ? 0 <= place && place < kWidth : place % step_ == 0;
+  }
+  // to[c] = f(logit) for all of this member's classes, where `to` is laid out like the logits.
   template <class F>
   DLOPS_HOST_DEVICE void write(scalar_t* to, const F& f) {
     for_each_chunk([&] {
@@ -66,8 +72,7 @@ class RowShare {
         Pack<scalar_t> result;
         DLOPS_UNROLL
         for (int j = 0; j < kWidth; ++j)
-          result.of[j] =
-              static_cast<scalar_t>(f(first + j * step_, static_cast<T>(packs_[k].of[j])));
+          result.of[j] = static_cast<scalar_t>(f(static_cast<T>(packs_[k].of[j])));
         store(result, to, first);
       });
     });

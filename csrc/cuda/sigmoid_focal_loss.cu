@@ -12,6 +12,7 @@
 
 #include "common/cuda_utils.cuh"
 #include "common/focal_checks.h"
+#include "cuda/device_math.cuh"
 #include "cuda/divider.h"
 #include "cuda/sum.cuh"
 #include "focal_loss_math.h"
@@ -32,17 +33,23 @@ DLOPS_CALL SoftSigmoidFocal<double> soft_sigmoid_focal(double x, double t, doubl
   return {x, t, alpha, gamma};
 }
 
-// One element: its logit, its target, and the alpha of its class (negative: no weighting).
 template <class T>
+DLOPS_HOST_DEVICE bool is_hard_target(T t) {
+  return t == 0 || t == 1;
+}
+
+// One element: its logit, its target, and the alpha of its class (negative: no weighting).
+// `known_hard`: its target is 0 or 1.
+template <class T, bool known_hard>
 struct Element {
   T x, t, alpha;
   double gamma;
 
-  DLOPS_HOST_DEVICE bool is_hard() const { return t == 0 || t == 1; }
+  DLOPS_HOST_DEVICE bool is_hard() const { return known_hard || is_hard_target(t); }
   // For a hard target the loss is weight * FL(z), z = sign * x.
   DLOPS_HOST_DEVICE T sign() const { return t == 1 ? T(-1) : T(1); }
   DLOPS_HOST_DEVICE T weight() const { return alpha < 0 ? T(1) : t == 1 ? alpha : 1 - alpha; }
-  DLOPS_HOST_DEVICE SigmoidFocal<ScalarMath<T>> hard() const {
+  DLOPS_HOST_DEVICE SigmoidFocal<DeviceMath<T>> hard() const {
     return {sign() * x, static_cast<T>(gamma)};
   }
   // For any target.
@@ -100,12 +107,22 @@ struct Elements {
   DLOPS_HOST_DEVICE void for_each(int64_t first, const F& f) const {
     const auto x = Vector<scalar_t, width>::load(inputs, first);
     const auto t = Vector<scalar_t, width>::load(targets, first);
+    bool hard = true;
+    DLOPS_UNROLL
+    for (int j = 0; j < width; ++j) hard = hard && is_hard_target(static_cast<T>(t.of[j]));
+    // Without a branch for each, the elements of a vector are worked out side by side.
+    hard ? for_each_of<true>(x, t, first, f) : for_each_of<false>(x, t, first, f);
+  }
+  template <bool known_hard, int width, class F>
+  DLOPS_HOST_DEVICE void for_each_of(const Vector<scalar_t, width>& x,
+                                     const Vector<scalar_t, width>& t, int64_t first,
+                                     const F& f) const {
     DLOPS_UNROLL
     for (int j = 0; j < width; ++j) {
       int64_t position = first + j;
       if (class_alpha != nullptr) classes.split(position);  // leaves the class
       const T alpha = class_alpha == nullptr ? all_alpha : class_alpha[position];
-      f(j, Element<T>{static_cast<T>(x.of[j]), static_cast<T>(t.of[j]), alpha, gamma});
+      f(j, Element<T, known_hard>{static_cast<T>(x.of[j]), static_cast<T>(t.of[j]), alpha, gamma});
     }
   }
 };

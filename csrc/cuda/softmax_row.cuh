@@ -72,6 +72,12 @@ struct Join {
   }
 };
 
+struct Largest {
+  template <class T>
+  DLOPS_HOST_DEVICE T operator()(T a, T b) const {
+    return b > a ? b : a;
+  }
+};
 struct Plus {
   template <class T>
   DLOPS_HOST_DEVICE T operator()(T a, T b) const {
@@ -217,12 +223,14 @@ struct Row {
   // ---------------------------------------------------------------------------------- softmax
 
   // In one pass: a member's sum is relative to the largest logit that it has met, and made relative
-  // to a larger one at most once a chunk.
+  // to a larger one at most once a chunk. Of a row that is one chunk, all members' sums are
+  // relative to the same.
   DLOPS_HOST_DEVICE void find_softmax() {
     auto found = Exponentials<T>::none();
     logits.for_each_chunk([&] {
       T max = found.max;
-      logits.for_each_logit([&](T x) { max = x > max ? x : max; });
+      logits.for_each_logit([&](T x) { max = Largest()(max, x); });
+      if (logits.is_one_chunk()) max = team.reduce(max, Largest());
       if (max > found.max) found.raise(max);
       add_chunk(found);
     });

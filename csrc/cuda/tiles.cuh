@@ -13,12 +13,12 @@
 
 namespace dlops::cuda {
 
-// A convolution per group, small enough for 32-bit positions within an image, of images of any
-// strides. C and O are those of one group.
+// A convolution per group, small enough for 32-bit positions within an image, of images whose
+// channels are neighbours. C and O are those of one group.
 template <class scalar_t>
 struct TileConv2d {
   const scalar_t* input;
-  int64_t image, group, channel, row, col;  // steps in memory, in elements
+  int64_t image, group, row, col;  // steps in memory, in elements
   int64_t images;
   int H, W, C, groups;
   int O, R, S, OH, OW;
@@ -88,44 +88,13 @@ struct Cell {
     const int tap = k / conv.C, c = k - tap * conv.C;
     dh = tap / conv.S * conv.dilation_h;
     dw = tap % conv.S * conv.dilation_w;
-    offset = dh * conv.row + dw * conv.col + c * conv.channel;
+    offset = dh * conv.row + dw * conv.col + c;
   }
 };
 
-// The same worked out ahead, for the paths that read element by element: at most so many, with
-// which two blocks of 128 x 64 sums still share sm_80's memory.
-constexpr int kMostTaps = 384;
-struct alignas(16) Tap {
-  int dh, dw, offset, unused;
-
-  template <class scalar_t>
-  DLOPS_DEVICE Tap(const TileConv2d<scalar_t>& conv, int k) : dh(1 << 29), dw(0), offset(0) {
-    if (k >= conv.column_rows()) return;  // outside, whatever the window
-    const Cell cell(conv, k);
-    dh = cell.dh;
-    dw = cell.dw;
-    offset = static_cast<int>(cell.offset);
-  }
-};
-
-// 16 bytes of a row of the column matrix: those cells of one window.
-template <class scalar_t>
-DLOPS_DEVICE void gather(unsigned char* chunk, const TileConv2d<scalar_t>& conv,
-                         const Window<scalar_t>& window, const Tap* taps) {
-  constexpr int count = 16 / sizeof(scalar_t);
-  struct alignas(16) Chunk {
-    scalar_t values[count];
-  } cells;
-  DLOPS_UNROLL
-  for (int i = 0; i < count; ++i)
-    cells.values[i] = window.inside(conv, taps[i]) ? window.start[taps[i].offset] : scalar_t(0);
-  *reinterpret_cast<Chunk*>(chunk) = cells;
-}
-
-// How columns come to shared memory: by 16 bytes, where channels are neighbours and fill them;
-// looked up among the taps and gathered one by one, in first layers; or by boxes (boxes.h), the
-// TMA's.
-enum class Copies { chunks, gathered, boxes };
+// How columns come to shared memory: by 16 bytes of neighbouring channels, or by boxes (boxes.h),
+// the TMA's.
+enum class Copies { chunks, boxes };
 
 // The stages of a product, in their order: copy(step) starts to copy one, multiply(step) multiplies
 // it.

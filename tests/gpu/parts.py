@@ -19,7 +19,6 @@ OPS = {
     "focal_loss": ("focal_loss",),
 }
 WAYS = ("im2col", "implicit_gemm", "implicit_gemm_wgmma", "implicit_gemm_tma")
-WAYS += ("implicit_gemm_tma_256",)
 PARTS = (*OPS, *WAYS)
 
 USUAL = ("3x3", "1x1", "grouped", "tails", "dilated", "7x7_stride", "ceil", "cells_over_256")
@@ -36,7 +35,6 @@ CASES: dict[str, list[Conv2dCase]] = {
         case for case in TILES if "large" in case.id or case.weight[0] // case.groups > 64
     ],
     "implicit_gemm_tma": BOXES,
-    "implicit_gemm_tma_256": BOXES,
 }
 
 

@@ -27,7 +27,6 @@ CHOSEN = {
     "implicit_gemm_wgmma": ("whole_tiles", *LARGE, "large_first_layer"),
     "implicit_gemm_tma": ("boxes_too_few_to_be_wide", "boxes", "filled_up_boxes", "wide_boxes"),
 }
-CHOSEN["implicit_gemm_tma_256"] = CHOSEN["implicit_gemm_tma"]
 
 
 def check(part: str, problem: Problem, dtype: torch.dtype) -> None:

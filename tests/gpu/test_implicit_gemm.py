@@ -1,7 +1,6 @@
-"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma,
-implicit_gemm_tma or implicit_gemm_tma_256: implicit GEMM, on the tensor cores or with all digits of
-float32, and depthwise kernels, exact on small integers wherever tiles end, and as near to the truth
-as native.
+"""Convolution without a column matrix, DLOPS_CUDA_CONV2D=implicit_gemm, implicit_gemm_wgmma or
+implicit_gemm_tma: implicit GEMM, on the tensor cores or with all digits of float32, and depthwise
+kernels, exact on small integers wherever tiles end, and as near to the truth as native.
 
 test_on_host.py runs these tests on the CPU, where csrc/cuda is compiled as plain C++.
 """
@@ -53,9 +52,9 @@ different_low = parametrize("dtype", LOW_PRECISION[: 2 if DEVICE == "cuda" else 
 
 
 def tile_cases(N: int, H: int, W: int, few: tuple[int, int]) -> list[Conv2dCase]:
-    """Whole tiles and their ends in every direction, columns copied by 16 bytes and gathered one by
-    one, channels that fill whole copies and that do not, one part of the pixels and many; images
-    with pixels enough for large tiles, with so `few` that these are not wide, and others."""
+    """Whole tiles and their ends in every direction, channels that fill whole copies and that do
+    not, one part of the pixels and many; images with pixels enough for large tiles, with so `few`
+    that these are not wide, and others."""
     return [
         Conv2dCase("whole_tiles", (2, 64, 8, 8), (128, 64, 3, 3), padding=1),
         Conv2dCase("one_more_of_all", (1, 72, 5, 13), (136, 72, 3, 3), padding=1),
@@ -74,7 +73,7 @@ def tile_cases(N: int, H: int, W: int, few: tuple[int, int]) -> list[Conv2dCase]
         Conv2dCase("first_layer", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
         Conv2dCase("large_first_layer", (N, 3, H, W), (40, 3, 3, 3), padding=1),
         Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), 3),
-        Conv2dCase("too_many_taps_to_gather", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
+        Conv2dCase("wide_window", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
         Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
     ]
 
@@ -109,9 +108,13 @@ GPU_TILES = tile_cases(3, 72, 71, (87, 88))
 GPU_BOXES = box_cases(4, 61, 63, 14, (64, 62), (87, 88))
 TILES = GPU_TILES if DEVICE == "cuda" else tile_cases(1, 33, 32, (20, 22))
 BOXES = GPU_BOXES if DEVICE == "cuda" else box_cases(3, 19, 18, 6, (3 * 19, 2 * 18), (20, 22))
-# Without products: vectors of channels, four planes at a time and what is left of them.
+# Without products: vectors of channels, four planes at a time and what is left of them; kernels of
+# 3 x 3, which have their own, slabs of 64 channels, outputs that no tap reaches.
 DEPTHWISE = [
     Conv2dCase("depthwise_vectors", (3, 24, 9, 10), (24, 1, 3, 3), padding=1, groups=24),
+    Conv2dCase("depthwise_slabs", (2, 136, 11, 13), (136, 1, 3, 3), padding=2, groups=136),
+    Conv2dCase("depthwise_stride", (3, 72, 12, 9), (72, 1, 3, 3), 2, 1, groups=72),
+    Conv2dCase("depthwise_wide_padding", (2, 8, 5, 6), (8, 1, 3, 3), padding=4, groups=8),
     Conv2dCase("depthwise_left_over", (1, 7, 9, 10), (7, 1, 5, 3), padding=(3, 0), groups=7),
     Conv2dCase("depthwise_outputs", (2, 8, 9, 8), (24, 1, 3, 3), (2, 1), 1, groups=8),
     Conv2dCase("depthwise_sparse", (2, 16, 15, 14), (16, 1, 3, 2), (4, 2), 3, (2, 3), 16),
@@ -191,14 +194,10 @@ def id_of(value: Any) -> str | None:
     return value.id if isinstance(value, Conv2dCase) else None
 
 
-# The ways differ in the cases that boxes serve.
-BY_BOXES = ("tma", "tma_256")
+# The two ways differ in the cases that boxes serve.
 hopper = parametrize(
     "way, case",
-    [
-        *(("wgmma", case) for case in TILES),
-        *((way, case) for way in BY_BOXES for case in BOXES),
-    ],
+    [*(("wgmma", case) for case in TILES), *(("tma", case) for case in BOXES)],
     ids=id_of,
 )
 
@@ -215,12 +214,11 @@ def test_hopper_is_exact_on_small_integers(
 
 
 @pytest.mark.exact
-@parametrize("way", BY_BOXES)
 @parametrize("case", BOXES, ids=ids)
 def test_boxes_of_tf32_are_exact_on_small_integers(
-    case: Conv2dCase, way: str, monkeypatch: pytest.MonkeyPatch
+    case: Conv2dCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask_for(way, monkeypatch)
+    ask_for("tma", monkeypatch)
     test_exact_on_small_integers(case, "channels_last", torch.float32)
 
 
@@ -368,7 +366,7 @@ def test_all_digits_have_the_same_bits_on_every_run(
     inputs = on_device(cast(problem.inputs, dtype))
     results = [values_and_gradients(problem.ours, inputs) for _ in range(3)]
     check_same_bits(results)
-    for way in ("wgmma", *BY_BOXES):  # which have no instructions for them
+    for way in ("wgmma", "tma"):  # which have no instructions for them
         ask_for(way, monkeypatch)
         check_same_bits([results[0], values_and_gradients(problem.ours, inputs)])
 
@@ -397,7 +395,7 @@ def test_all_digits_without_a_column_matrix(
 def test_unknown_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DLOPS_CUDA_CONV2D", "fastest")
     x = torch.ones(1, 1, 3, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"must be im2col .* implicit_gemm_tma_256, got fastest"):
+    with pytest.raises(ValueError, match=r"must be unset .* implicit_gemm_tma, got fastest"):
         F.conv2d(x, x)
 
 
@@ -472,17 +470,14 @@ def launched(function: Callable[[], Any]) -> Callable[[str], bool]:
         return lambda word: any(word in key for key in keys)
     count = ctypes.CDLL(_C.__file__).dlops_launches
     count.restype = ctypes.c_int64
-    words = (*TILE_NAMES, TALL, LONG)
-    before = {word: count(word.encode()) for word in words}
+    before = {word: count(word.encode()) for word in TILE_NAMES}
     function()
-    after = {word: count(word.encode()) for word in words}
+    after = {word: count(word.encode()) for word in TILE_NAMES}
     return lambda word: after[word] > before[word]
 
 
 TILE_NAMES = ("Conv2dTiles", "GradWeightTiles", "PointwiseTiles", "ChannelsLastTiles")
 TILE_NAMES += ("WarpProducts", "ThreadProducts", "GroupProducts")
-# Tiles of 256 pixels, and of 256 columns.
-TALL, LONG = ("256, 128", "128, 256") if DEVICE == "cuda" else ("Li256ELi128E", "Li128ELi256E")
 
 
 @pytest.mark.native
@@ -495,19 +490,6 @@ def test_it_is_wgmma_that_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert was_launched("Conv2dTiles")
     assert was_launched("GradWeightTiles")
     assert not was_launched("WarpProducts")
-
-
-@pytest.mark.native
-@parametrize("way, tall", [("tma", False), ("tma_256", True)])
-def test_it_is_tiles_of_256(way: str, tall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask_for(way, monkeypatch)
-    (case,) = (case for case in BOXES if case.id == "boxes_of_groups")
-    problem = conv2d(case)
-    x, *rest = on_device(cast(problem.inputs, torch.bfloat16))
-    inputs = [LAYOUTS["channels_last"](x), *rest]
-    was_launched = launched(lambda: values_and_gradients(problem.ours, inputs))
-    assert was_launched("GroupProducts")
-    assert [was_launched(TALL), was_launched(LONG)] == [tall, tall]
 
 
 @pytest.mark.native
