@@ -35,6 +35,7 @@ def context(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "allocator": {name: os.environ.get(name) for name in SETTINGS},
+        "settings": {name: v for name, v in os.environ.items() if name.startswith("DLOPS_CPU_")},
     }
     if device.type == "cuda":
         found |= {
@@ -62,6 +63,8 @@ def describe(context: dict[str, Any]) -> str:
         lines.append(
             f"{context['gpu']}, CUDA {context['cuda']}, cuDNN {context['cudnn']}, TF32 {tf32}"
         )
+    if context.get("settings"):
+        lines.append(", ".join(f"{name}={value}" for name, value in context["settings"].items()))
     if context["load_average"] > 1:
         lines.append(
             f"load average {context['load_average']:.1f}: other processes disturb the times"

@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="layers at batch 1, 8, 32 and 128; 200,000 classes")
     add("--seconds", type=float, default=0.8, help="for each pass of each case (default: 0.8)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--tf32", action="store_true", help="let both sides use TF32 on a GPU")
+    add("--high", action="store_true", help="float32 at matmul precision 'high' (GPU: TF32)")
     add("--show", type=Path, metavar="RESULTS.json", help="print a run's tables, time nothing")
     add(
         "--check",
@@ -67,12 +67,16 @@ def main() -> int:
     budget = Budget(0.02, 3) if options.quick else Budget(options.seconds, 9)
     rows: list[report.Row] = []
     disagreements: list[str] = []
-    for dtype in options.dtype:
-        rows += run(select(options), device, dtype, limits, budget, disagreements)
-    print(report.means(rows))
-    write(output_path(options), {"context": about, "limits": limits.measured, "rows": rows})
-    for text in disagreements:
-        print(f"DISAGREES, not timed: {text}")
+    try:
+        for dtype in options.dtype:
+            for row in run(select(options), device, dtype, limits, budget, disagreements):
+                rows.append(row)
+    finally:  # what there is by then, where it is interrupted
+        if rows:
+            print(report.means(rows))
+            write(output_path(options), {"context": about, "limits": limits.measured, "rows": rows})
+        for text in disagreements:
+            print(f"DISAGREES, not timed: {text}")
     return 1 if disagreements else 0
 
 
@@ -100,8 +104,8 @@ def prepare(device: torch.device, options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = options.tf32
-    torch.backends.cuda.matmul.allow_tf32 = options.tf32
+    torch.backends.cudnn.allow_tf32 = options.high
+    torch.set_float32_matmul_precision("high" if options.high else "highest")
     if device.type == "cpu":
         keep_pages_mapped()
 
@@ -143,7 +147,7 @@ def output_path(options: argparse.Namespace) -> Path:
         return options.out
     parts = [options.device, *options.dtype]
     parts += [] if options.only == list(OPS) else options.only
-    parts += [scope for scope in ("quick", "full", "tf32") if getattr(options, scope)]
+    parts += [scope for scope in ("quick", "full", "high") if getattr(options, scope)]
     return ROOT / "benchmarks" / "results" / "-".join(parts)
 
 

@@ -23,8 +23,6 @@ from .run import write
 from .timing import Budget
 
 VARIABLE = "DLOPS_CUDA_CONV2D"  # read at each call
-# Where TF32 is allowed, native may yet have all digits of float32.
-SLACK = {torch.float32: 2e-3}
 WAYS = ("im2col", "implicit_gemm", "implicit_gemm_wgmma", "implicit_gemm_tma")
 
 
@@ -50,7 +48,7 @@ def measure(
     contenders |= {way: partial(go, way, ours) for way in ways}
     problem = replace(problem, contenders=contenders)
     grad_output = grad_output_for(problem)
-    errors, wrong = check(problem, grad_output, SLACK.get(dtype))
+    errors, wrong = check(problem, grad_output)
     right = {name: contender for name, contender in contenders.items() if name not in wrong}
     rows = []
     times = time_passes(replace(problem, contenders=right), grad_output, device, budget)

@@ -113,7 +113,7 @@ struct Depthwise3x3 {
 template <class scalar_t, int stride>
 struct DepthwiseGradWeightTiles {
   using T = at::opmath_type<scalar_t>;
-  static constexpr int kThreads = 256, kBlocks = 2;
+  static constexpr int kThreads = 256, kBlocks = sizeof(T) == 8 ? 1 : 2;
   static constexpr int kWidth = 4, kPacks = 16, kLanes = kThreads / kPacks;
   static constexpr int kChannels = kPacks * kWidth;
   static constexpr int kSharedBytes = 9 * kThreads * kWidth * static_cast<int>(sizeof(T));
