@@ -119,7 +119,7 @@ def test_same_bits_on_any_number_of_threads(case: Conv2dCase) -> None:
 @pytest.mark.invalid
 @parametrize(
     "value, message",
-    [("yes", "must be 0 (the default) or 1, got yes"), ("1", "needs a CPU with AMX")],
+    [("yes", "must be unset (bfloat16 alone), 0 (nothing) or 1"), ("1", "needs a CPU with AMX")],
 )
 def test_amx_where_there_is_none(value: str, message: str) -> None:
     if value == "1" and (BY_TILES or "amx_bf16" in _cpu_flags()):

@@ -50,7 +50,7 @@ bool takes_parts(at::ScalarType dtype, int64_t depth_channels) {
   };
   const at::Float32Precision products = precision(at::Float32Op::MATMUL);
   return (products == at::Float32Precision::TF32 || products == at::Float32Precision::BF16) &&
-         precision(at::Float32Op::CONV) != at::Float32Precision::IEEE && takes_tiles();
+         precision(at::Float32Op::CONV) != at::Float32Precision::IEEE && splits_float32();
 }
 
 bool split_pixels(const float* from, int64_t pixels, int64_t channels, BFloat16* to) {

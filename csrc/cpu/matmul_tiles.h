@@ -9,9 +9,11 @@
 
 namespace dlops::cpu {
 
-// Whether products go through AMX: DLOPS_CPU_AMX=1 asks for it, on machines that have it; an error
-// on others.
+// Whether products of bfloat16 go through AMX: on machines that have it, but for DLOPS_CPU_AMX=0;
+// and whether float32's may as sums of them, which DLOPS_CPU_AMX=1 asks for: an error on other
+// machines.
 bool takes_tiles();
+bool splits_float32();
 
 // As matmul_of_factors in cpu/matmul.h, of bfloat16. To what was before the sums of 32 terms or
 // fewer are added, in their order; numbers below float32's normal ones count as zeros.

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "cpu/capability.h"
 #include "cpu/matmul_tiles.h"
 
 #if defined(__x86_64__)
@@ -28,21 +29,37 @@ bool has_tiles() {
 #endif
 }
 
+enum class Tiles { none, of_bfloat16, of_float32_too };
+
+Tiles find_tiles() {
+  const char* const asked = std::getenv("DLOPS_CPU_AMX");
+  if (asked == nullptr) {
+#if defined(DLOPS_PLAYED_TILES)
+    return Tiles::none;
+#else
+    return capability() == kAvx512 && has_tiles() ? Tiles::of_bfloat16 : Tiles::none;
+#endif
+  }
+  const std::string_view value = asked;
+  TORCH_CHECK_VALUE(value == "0" || value == "1",
+                    "DLOPS_CPU_AMX must be unset (bfloat16 alone), 0 (nothing) or 1 (float32 at "
+                    "'high' too), got ",
+                    value);
+  if (value == "0") return Tiles::none;
+  TORCH_CHECK(has_tiles(),
+              "DLOPS_CPU_AMX=1 needs a CPU with AMX for bfloat16 (amx_tile and "
+              "amx_bf16 in /proc/cpuinfo), on Linux 5.16 or later; this machine offers none");
+  return Tiles::of_float32_too;
+}
+
+Tiles tiles() {
+  static const Tiles found = find_tiles();
+  return found;
+}
+
 }  // namespace
 
-bool takes_tiles() {
-  static const bool takes = [] {
-    const char* const asked = std::getenv("DLOPS_CPU_AMX");
-    const std::string_view value = asked == nullptr ? "0" : asked;
-    TORCH_CHECK_VALUE(value == "0" || value == "1",
-                      "DLOPS_CPU_AMX must be 0 (the default) or 1, got ", value);
-    if (value == "0") return false;
-    TORCH_CHECK(has_tiles(),
-                "DLOPS_CPU_AMX=1 needs a CPU with AMX for bfloat16 (amx_tile and "
-                "amx_bf16 in /proc/cpuinfo), on Linux 5.16 or later; this machine offers none");
-    return true;
-  }();
-  return takes;
-}
+bool takes_tiles() { return tiles() != Tiles::none; }
+bool splits_float32() { return tiles() == Tiles::of_float32_too; }
 
 }  // namespace dlops::cpu

@@ -80,8 +80,7 @@ struct ChannelsLastTiles {
         Chunk values;
         DLOPS_UNROLL
         for (int j = 0; j < kChunk; ++j) values.values[j] = side[(chunk * kChunk + j) * kRow + i];
-        *reinterpret_cast<Chunk*>(output + (n * pixels + first_pixel + i) * places + place) =
-            values;
+        write_at_once(output + (n * pixels + first_pixel + i) * places + place, values);
       }
     });
   }
@@ -117,7 +116,7 @@ struct ChannelsLastPixels {
       const int64_t c = chunk * kChunk + j;
       values.values[j] = c < channels ? pixel[c * channel] : scalar_t(0);
     }
-    reinterpret_cast<Chunk*>(output)[i] = values;
+    write_at_once(output + i * kChunk, values);
   }
 };
 

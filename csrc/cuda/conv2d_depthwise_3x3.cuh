@@ -88,20 +88,22 @@ struct Depthwise3x3 {
     write(sums, at, channels, step);
   }
 
-  DLOPS_HOST_DEVICE void write(T (&sums)[kAcross][width], const Pack& at,
+  DLOPS_HOST_DEVICE void write(const T (&sums)[kAcross][width], const Pack& at,
                                const typename DepthwiseWeight<scalar_t, Packs>::Channels& channels,
                                int64_t step) const {
     const int64_t pixels = g.OH * g.OW, ow = at.col * kAcross;
+    T added[width] = {};
+    if (bias != nullptr) {
+      DLOPS_UNROLL
+      for (int j = 0; j < width; ++j) added[j] = static_cast<T>(bias[channels.of[j]]);
+    }
     scalar_t* const to = output + outputs.start(at, pixels) + (at.row * g.OW + ow) * step;
     DLOPS_UNROLL
     for (int o = 0; o < kAcross; ++o) {
       if (ow + o >= g.OW) return;
       Values values;
       DLOPS_UNROLL
-      for (int j = 0; j < width; ++j) {
-        if (bias != nullptr) sums[o][j] += static_cast<T>(bias[channels.of[j]]);
-        values.of[j] = static_cast<scalar_t>(sums[o][j]);
-      }
+      for (int j = 0; j < width; ++j) values.of[j] = static_cast<scalar_t>(sums[o][j] + added[j]);
       outputs.store(values, to + o * step, at, pixels);
     }
   }

@@ -51,7 +51,7 @@ struct AddParts {
     for (int j = 0; j < width; ++j) values.of[j] = static_cast<scalar_t>(sum.of[j]);
     scalar_t* const to = grad_weight + o * stride_o + c * stride_c + r * stride_r + s * stride_s;
     if (together) {
-      *reinterpret_cast<Values*>(to) = values;
+      write_at_once(to, values);
     } else {
       DLOPS_UNROLL
       for (int j = 0; j < width; ++j) to[j * stride_c] = values.of[j];

@@ -84,6 +84,7 @@ struct PointwiseTiles
   template <class Block, class S>
   DLOPS_DEVICE void write(Block& block, unsigned char* shared, S& sums, const Place& place) const {
     using L = Lines<scalar_t, kOutputs, kPixels>;
+    using sum_t = typename T::sum_t;
     static_assert(L::kBytes <= kSharedBytes);
     const int outputs = O - place.first_output;
     const int64_t first_channel = static_cast<int64_t>(place.group) * O + place.first_output;
@@ -91,11 +92,14 @@ struct PointwiseTiles
     block.threads([&](int thread) {
       const int warp = thread / 32;
       const int first = Products::first_row(warp), first_column = Products::first_column(warp);
-      sums[thread].for_each(thread % 32, [&](int row, int column, typename T::sum_t sum) {
-        const int o = first + row;
-        if (bias != nullptr && o < outputs)
-          sum += static_cast<typename T::sum_t>(bias[first_channel + o]);
-        L::at(shared, o, first_column + column) = static_cast<scalar_t>(sum);
+      if (bias != nullptr)
+        sums[thread].add_to_rows(thread % 32, [&](int row) {
+          const int o = first + row;  // those past the last are not written
+          return static_cast<sum_t>(bias[first_channel + (o < outputs ? o : outputs - 1)]);
+        });
+      sums[thread].for_each_pair(thread % 32, [&](int row, int column, const sum_t* pair) {
+        L::put(shared, first + row, first_column + column, static_cast<scalar_t>(pair[0]),
+               static_cast<scalar_t>(pair[1]));
       });
     });
     L::write(block, shared, /*whole=*/true, [&](int o, int pixel) -> scalar_t* {

@@ -19,10 +19,11 @@ struct OutputPlace {
   }
 };
 
-// How outputs lie in memory: a pixel's channels together or a plane's pixels, and whether in whole
-// chunks of 16 bytes.
+// How outputs lie in memory: a pixel's channels together or a plane's pixels, whether in whole
+// chunks of 16 bytes, and whether all pixels follow one another at one step, so that none is
+// divided.
 struct OutputOrder {
-  bool channels_together, whole;
+  bool channels_together, whole, even;
 };
 
 // `outputs`: channels of a group; `pixels`: of a plane, whose rows have OW; `chunk`: elements.
@@ -31,8 +32,10 @@ inline OutputOrder order_of(const OutputPlace& place, int64_t outputs, int64_t p
   const auto in_chunks = [&](auto... steps) { return ((steps % chunk == 0) && ...); };
   const bool aligned =
       reinterpret_cast<uintptr_t>(output) % 16 == 0 && in_chunks(place.start, place.image);
-  if (place.channel == 1) return {true, aligned && in_chunks(outputs, place.row, place.col)};
-  return {false, aligned && place.col == 1 && place.row == OW && in_chunks(pixels, place.channel)};
+  const bool even = place.row == OW * place.col && place.image == pixels * place.col;
+  if (place.channel == 1) return {true, aligned && in_chunks(outputs, place.row, place.col), even};
+  return {false, aligned && place.col == 1 && place.row == OW && in_chunks(pixels, place.channel),
+          even};
 }
 
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
@@ -139,45 +142,47 @@ struct Conv2dTiles : Tile<scalar_t> {
   DLOPS_DEVICE void write(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
                           int first_output, int group) const {
     block.sync();  // the last stage is no longer read
-    if (order.channels_together) {
-      write_lines<Lines<scalar_t, kPixels, kOutputs>>(
-          block, shared, sums, first_pixel, first_output, group,
-          [](int pixel, int o) { return LinePlace{pixel, o}; });
-    } else {
-      write_lines<Lines<scalar_t, kOutputs, kPixels>>(
-          block, shared, sums, first_pixel, first_output, group,
-          [](int pixel, int o) { return LinePlace{o, pixel}; });
-    }
+    order.channels_together
+        ? write_lines<true>(block, shared, sums, first_pixel, first_output, group)
+        : write_lines<false>(block, shared, sums, first_pixel, first_output, group);
     if constexpr (by_boxes) block.publish();  // that they were read, to the next tile's boxes
   }
-  struct LinePlace {
-    int first, second;
-  };
 
-  // `place_of`: of a pixel and an output among the lines, and the other way round.
-  template <class L, class Block, class S, class F>
+  // Lines of a pixel's outputs or, of planes, of an output's pixels.
+  template <bool of_pixels, class Block, class S>
   DLOPS_DEVICE void write_lines(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
-                                int first_output, int group, const F& place_of) const {
+                                int first_output, int group) const {
+    using L = Lines<scalar_t, of_pixels ? kPixels : kOutputs, of_pixels ? kOutputs : kPixels>;
     static_assert(L::kBytes <= T::kStages * kStageBytes);
+    using sum_t = typename T::sum_t;
     const int64_t first_channel = static_cast<int64_t>(group) * conv.O + first_output;
     const int outputs = conv.O - first_output;
-    // The bias joins the sums before they are rounded.
     block.threads([&](int thread) {
-      const int warp = thread / 32;
+      const int warp = thread / 32, lane = thread % 32;
       const int first_row = Products::first_row(warp), first = Products::first_column(warp);
-      sums[thread].for_each(thread % 32, [&](int row, int column, typename T::sum_t sum) {
-        const int o = first + column;
-        if (bias != nullptr && o < outputs)
-          sum += static_cast<typename T::sum_t>(bias[first_channel + o]);
-        const LinePlace at = place_of(first_row + row, o);
-        L::at(shared, at.first, at.second) = static_cast<scalar_t>(sum);
+      if (bias != nullptr)  // it joins the sums before they are rounded
+        sums[thread].add_to_columns(lane, [&](int column) {
+          const int o = first + column;  // those past the last are not written
+          return static_cast<sum_t>(bias[first_channel + (o < outputs ? o : outputs - 1)]);
+        });
+      sums[thread].for_each_pair(lane, [&](int row, int column, const sum_t* pair) {
+        const int pixel = first_row + row, o = first + column;
+        const auto even = static_cast<scalar_t>(pair[0]), odd = static_cast<scalar_t>(pair[1]);
+        if constexpr (of_pixels) {
+          L::put(shared, pixel, o, even, odd);
+        } else {
+          L::at(shared, o, pixel) = even;
+          L::at(shared, o + 1, pixel) = odd;
+        }
       });
     });
     L::write(block, shared, order.whole, [&](int line, int number) -> scalar_t* {
-      const LinePlace at = place_of(line, number);
-      const int64_t pixel = first_pixel + at.first;
-      if (pixel >= conv.pixels() || at.second >= outputs) return nullptr;
-      return output + place(OutputPixel(conv, pixel)) + (first_channel + at.second) * place.channel;
+      const int64_t pixel = first_pixel + (of_pixels ? line : number);
+      const int o = of_pixels ? number : line;
+      if (pixel >= conv.pixels() || o >= outputs) return nullptr;
+      const int64_t at =
+          order.even ? place.start + pixel * place.col : place(OutputPixel(conv, pixel));
+      return output + at + (first_channel + o) * place.channel;
     });
   }
 

@@ -16,7 +16,8 @@ struct DeviceMath<float> : ScalarMath<float> {
   // not.
   static DLOPS_HOST_DEVICE float inverse(float x) {
 #if defined(__CUDA_ARCH__)
-    const float first = __fdividef(1.0f, x);
+    float first;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(first) : "f"(x));
     return fmaf(first, fmaf(-x, first, 1.0f), first);
 #else
     return 1 / x;

@@ -53,6 +53,8 @@ struct LossAndGradient {
   template <class Team>
   DLOPS_HOST_DEVICE T operator()(int64_t i, const Team& team) const {
     if (is_done_for_one && upstream.is_one()) return T(0);
+    const bool wants_gradient = grad_input != nullptr || grad_target != nullptr;
+    const T factor = wants_gradient ? upstream(i) : T(0);
     Row<scalar_t, Team> row(args, i, team);
     const Sums<T> sums = row.takes_part() ? row.sums() : Sums<T>{};
     if (each != nullptr && row.is_first_member()) each[i] = static_cast<scalar_t>(sums.loss);
@@ -61,8 +63,7 @@ struct LossAndGradient {
       row.clear(grad_target);
       return T(0);
     }
-    if (grad_input == nullptr && grad_target == nullptr) return sums.loss;
-    const T factor = upstream(i);
+    if (!wants_gradient) return sums.loss;
     if (grad_input != nullptr) write_grad_input(row, factor, factor * sums.slope);
     if (grad_target != nullptr)
       row.for_each_class([&](int64_t c) {
@@ -74,7 +75,7 @@ struct LossAndGradient {
   template <class R>
   DLOPS_HOST_DEVICE void write_grad_input(R& row, T factor, T slopes) const {
     if (row.has_one_class()) {
-      const T at_label = slopes * row.not_p(row.label), others = -(slopes * row.inverse);
+      const T at_label = slopes * row.not_p_of(row.label_logit), others = -(slopes * row.inverse);
       row.logits.write(grad_input + row.first,
                        [&](T x) { return others * ScalarMath<T>::exp(x - row.max); });
       // By the member that wrote there before.

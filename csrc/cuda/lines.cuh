@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cuda/products.cuh"
 
@@ -18,6 +19,20 @@ struct Lines {
 
   DLOPS_DEVICE static scalar_t& at(unsigned char* shared, int line, int number) {
     return reinterpret_cast<scalar_t*>(shared + line * kLineBytes)[number];
+  }
+
+  // Puts two that lie together, of which the first is even.
+  DLOPS_DEVICE static void put(unsigned char* shared, int line, int number, scalar_t first,
+                               scalar_t second) {
+    const Pair pair{first, second};
+    scalar_t* const to = &at(shared, line, number);
+    if constexpr (sizeof(Pair) == 4) {  // nvcc would write 16-bit numbers one by one
+      uint32_t word;
+      memcpy(&word, &pair, 4);
+      *reinterpret_cast<uint32_t*>(to) = word;
+    } else {
+      *reinterpret_cast<Pair*>(to) = pair;
+    }
   }
 
   // Writes all of them where to(line, number) says, or nowhere where that is null: `whole` chunks
@@ -37,6 +52,9 @@ struct Lines {
   }
 
  private:
+  struct alignas(2 * sizeof(scalar_t)) Pair {
+    scalar_t first, second;
+  };
   struct alignas(16) Chunk {
     unsigned char bytes[16];
   };

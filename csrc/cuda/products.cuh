@@ -42,13 +42,25 @@ struct ThreadSums {
       f(m * 16 + half * 8 + lane / 4, n * 8 + lane % 4 * 2, values[m][n] + half * 2);
     }
   }
-  // Calls f(row, column, sum) for each.
+  // Adds value_of(row) or value_of(column) to the sums of each, all of which are read ahead.
   template <class F>
-  DLOPS_DEVICE void for_each(int lane, const F& f) const {
-    for_each_pair(lane, [&](int row, int column, const sum_t* pair) {
-      f(row, column, pair[0]);
-      f(row, column + 1, pair[1]);
-    });
+  DLOPS_DEVICE void add_to_rows(int lane, const F& value_of) {
+    sum_t added[M][2];
+    DLOPS_UNROLL
+    for (int i = 0; i < M * 2; ++i) added[i / 2][i % 2] = value_of(i * 8 + lane / 4);
+    DLOPS_UNROLL
+    for (int m = 0; m < M; ++m) DLOPS_UNROLL
+    for (int i = 0; i < N * 4; ++i) values[m][i / 4][i % 4] += added[m][i % 4 / 2];
+  }
+  template <class F>
+  DLOPS_DEVICE void add_to_columns(int lane, const F& value_of) {
+    sum_t added[N][2];
+    DLOPS_UNROLL
+    for (int i = 0; i < N * 2; ++i)
+      added[i / 2][i % 2] = value_of(i / 2 * 8 + lane % 4 * 2 + i % 2);
+    DLOPS_UNROLL
+    for (int m = 0; m < M; ++m) DLOPS_UNROLL
+    for (int i = 0; i < N * 4; ++i) values[m][i / 4][i % 4] += added[i / 4][i % 2];
   }
 };
 

@@ -40,7 +40,9 @@ class RowShare {
         in_packs_(layout.in_packs),
         own_(layout.in_packs ? rank * kWidth : rank),
         step_(layout.in_packs ? 1 : Team::size),
-        pitch_(step_ * stride_) {}
+        pitch_(step_ * stride_) {
+    if (classes_ > 0) load(0);  // on its way before anything is known of the row
+  }
 
   // Calls f() for each chunk, when its logits are there. A row of one chunk is read once.
   template <class F>
@@ -115,7 +117,7 @@ class RowShare {
   }
   DLOPS_HOST_DEVICE void store(const Pack<scalar_t>& pack, scalar_t* to, int64_t first) const {
     if (in_packs_) {
-      if (first < classes_) *reinterpret_cast<Pack<scalar_t>*>(to + first) = pack;
+      if (first < classes_) write_at_once(to + first, pack);
       return;
     }
     DLOPS_UNROLL

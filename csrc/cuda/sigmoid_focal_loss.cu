@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <tuple>
+#include <type_traits>
 
 #include "common/cuda_utils.cuh"
 #include "common/focal_checks.h"
@@ -38,19 +39,25 @@ DLOPS_HOST_DEVICE bool is_hard_target(T t) {
   return t == 0 || t == 1;
 }
 
+// What is known of elements when they are worked out: then they come without branches.
+enum class Known {
+  nothing,
+  hard,    // their targets are 0 or 1
+  squared  // and gamma is 2, the paper's
+};
+
 // One element: its logit, its target, and the alpha of its class (negative: no weighting).
-// `known_hard`: its target is 0 or 1.
-template <class T, bool known_hard>
+template <class T, Known known>
 struct Element {
   T x, t, alpha;
   double gamma;
 
-  DLOPS_HOST_DEVICE bool is_hard() const { return known_hard || is_hard_target(t); }
+  DLOPS_HOST_DEVICE bool is_hard() const { return known != Known::nothing || is_hard_target(t); }
   // For a hard target the loss is weight * FL(z), z = sign * x.
   DLOPS_HOST_DEVICE T sign() const { return t == 1 ? T(-1) : T(1); }
   DLOPS_HOST_DEVICE T weight() const { return alpha < 0 ? T(1) : t == 1 ? alpha : 1 - alpha; }
   DLOPS_HOST_DEVICE SigmoidFocal<DeviceMath<T>> hard() const {
-    return {sign() * x, static_cast<T>(gamma)};
+    return {sign() * x, known == Known::squared ? T(2) : static_cast<T>(gamma)};
   }
   // For any target.
   DLOPS_HOST_DEVICE SoftSigmoidFocal<double> general() const {
@@ -87,7 +94,7 @@ struct alignas(width * sizeof(scalar_t)) Vector {
     return from == nullptr ? Vector{} : *reinterpret_cast<const Vector*>(from + first);
   }
   DLOPS_HOST_DEVICE void store(scalar_t* to, int64_t first) const {
-    if (to != nullptr) *reinterpret_cast<Vector*>(to + first) = *this;
+    if (to != nullptr) write_at_once(to + first, *this);
   }
 };
 
@@ -107,44 +114,59 @@ struct Elements {
   DLOPS_HOST_DEVICE void for_each(int64_t first, const F& f) const {
     const auto x = Vector<scalar_t, width>::load(inputs, first);
     const auto t = Vector<scalar_t, width>::load(targets, first);
+    const Vector<T, width> alpha = alphas<width>(first);
     bool hard = true;
     DLOPS_UNROLL
     for (int j = 0; j < width; ++j) hard = hard && is_hard_target(static_cast<T>(t.of[j]));
-    // Without a branch for each, the elements of a vector are worked out side by side.
-    hard ? for_each_of<true>(x, t, first, f) : for_each_of<false>(x, t, first, f);
+    const auto for_each_of = [&]<Known known>(std::integral_constant<Known, known>) {
+      DLOPS_UNROLL
+      for (int j = 0; j < width; ++j)
+        f(j,
+          Element<T, known>{static_cast<T>(x.of[j]), static_cast<T>(t.of[j]), alpha.of[j], gamma});
+    };
+    if (hard && gamma == 2) {
+      for_each_of(std::integral_constant<Known, Known::squared>());
+    } else if (hard) {
+      for_each_of(std::integral_constant<Known, Known::hard>());
+    } else {
+      for_each_of(std::integral_constant<Known, Known::nothing>());
+    }
   }
-  template <bool known_hard, int width, class F>
-  DLOPS_HOST_DEVICE void for_each_of(const Vector<scalar_t, width>& x,
-                                     const Vector<scalar_t, width>& t, int64_t first,
-                                     const F& f) const {
+  template <int width>
+  DLOPS_HOST_DEVICE Vector<T, width> alphas(int64_t first) const {
+    Vector<T, width> alpha;
+    DLOPS_UNROLL
+    for (T& one : alpha.of) one = all_alpha;
+    if (class_alpha == nullptr) return alpha;
     DLOPS_UNROLL
     for (int j = 0; j < width; ++j) {
       int64_t position = first + j;
-      if (class_alpha != nullptr) classes.split(position);  // leaves the class
-      const T alpha = class_alpha == nullptr ? all_alpha : class_alpha[position];
-      f(j, Element<T, known_hard>{static_cast<T>(x.of[j]), static_cast<T>(t.of[j]), alpha, gamma});
+      classes.split(position);  // leaves the class
+      alpha.of[j] = class_alpha[position];
     }
+    return alpha;
   }
 };
 
 // What multiplies the derivatives: one factor per element, or one for all.
 template <class scalar_t>
 struct Upstream {
+  using T = at::opmath_type<scalar_t>;
   const scalar_t* grad_output;  // null stands for ones
   bool each;
   double scale;  // the reduction's own factor
 
   template <int width>
-  DLOPS_HOST_DEVICE Vector<double, width> load(int64_t first) const {
-    Vector<double, width> factors;
+  DLOPS_HOST_DEVICE Vector<T, width> load(int64_t first) const {
+    Vector<T, width> factors;
     if (each && grad_output != nullptr) {
       const auto grad = Vector<scalar_t, width>::load(grad_output, first);
       DLOPS_UNROLL
-      for (int j = 0; j < width; ++j) factors.of[j] = static_cast<double>(grad.of[j]);
+      for (int j = 0; j < width; ++j) factors.of[j] = static_cast<T>(grad.of[j]);
     } else {
       const double all = grad_output == nullptr ? 1.0 : static_cast<double>(grad_output[0]);
       DLOPS_UNROLL
-      for (double& factor : factors.of) factor = all * scale;
+      for (T& factor : factors.of) factor = static_cast<T>(all * scale);
     }
     return factors;
   }
@@ -168,20 +190,23 @@ struct LossAndGradient {
     if (is_done_for_one && upstream.is_one()) return 0;
     const auto factors = upstream.template load<width>(first);
     Vector<scalar_t, width> losses{}, by_input{}, by_target{};
-    double sum = 0;
+    T sum(0);  // of so few that it rounds as they do
     elements.template for_each<width>(first, [&](int j, const auto& element) {
-      const double factor = factors.of[j];
       const auto result = element.loss_and_first();
-      sum += static_cast<double>(result.loss);
+      sum += result.loss;
       losses.of[j] = static_cast<scalar_t>(result.loss);
-      by_input.of[j] = static_cast<scalar_t>(static_cast<T>(factor) * result.first);
-      if (grad_targets != nullptr)
-        by_target.of[j] = static_cast<scalar_t>(factor * element.general().t);
+      by_input.of[j] = static_cast<scalar_t>(factors.of[j] * result.first);
     });
     losses.store(each, first);
     by_input.store(grad_inputs, first);
-    by_target.store(grad_targets, first);
-    return sum;
+    if (grad_targets != nullptr) {
+      elements.template for_each<width>(first, [&](int j, const auto& element) {
+        by_target.of[j] =
+            static_cast<scalar_t>(static_cast<double>(factors.of[j]) * element.general().t);
+      });
+      by_target.store(grad_targets, first);
+    }
+    return static_cast<double>(sum);
   }
 };
 
@@ -232,7 +257,7 @@ struct GradientTangent {
     const auto along_targets = Vector<scalar_t, width>::load(tangent_targets, first);
     Vector<scalar_t, width> by_input{}, by_target{};
     elements.template for_each<width>(first, [&](int j, const auto& element) {
-      const double factor = factors.of[j];
+      const auto factor = static_cast<double>(factors.of[j]);
       const auto along_input = static_cast<double>(along_inputs.of[j]);
       const auto along_target = static_cast<double>(along_targets.of[j]);
       if (grad_inputs != nullptr) {

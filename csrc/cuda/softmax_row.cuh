@@ -122,6 +122,7 @@ struct Row {
   int64_t label;       // -1 where the target holds probabilities
   bool ignored;
   RowShare<scalar_t, Team> logits;
+  T label_logit;                        // 0 where there is none
   T max, log_sum, inverse, complement;  // log(1 + others), p of the largest, and 1 - that
 
   DLOPS_HOST_DEVICE Row(const FocalArgs<scalar_t>& args, int64_t row, const Team& team)
@@ -131,11 +132,13 @@ struct Row {
         first(args.offset(row)),
         label(-1),
         ignored(false),
-        logits(args.input + first, args.layout(), team.rank()) {
+        logits(args.input + first, args.layout(), team.rank()),
+        label_logit(0) {
     if (args.labels != nullptr) {
       label = args.labels[row];
       ignored = label == args.ignore_index;
       if (!ignored && !args.is_class(label)) refuse_label();
+      if (!ignored) label_logit = at(args.input, label);
     }
     if (takes_part()) find_softmax();
   }
@@ -191,18 +194,18 @@ struct Row {
   // The same for loss and slope at once.
   DLOPS_HOST_DEVICE Sums<T> sums() const {
     if (ignored && has_one_class()) return {};
-    if (has_one_class()) return of_class(label);
+    if (has_one_class()) return of_class(label, label_logit);
     Sums<double> total{};
     for_each_class([&](int64_t c) {
-      const Sums<T> one = of_class(c);
+      const Sums<T> one = of_class(c, at(args.input, c));
       total = total + Sums<double>{static_cast<double>(one.loss), static_cast<double>(one.slope)};
     });
     total = team.reduce(total, Plus());
     if (ignored) return {};
     return {static_cast<T>(total.loss), static_cast<T>(total.slope)};
   }
-  DLOPS_HOST_DEVICE Sums<T> of_class(int64_t c) const {
-    const Focal focal = this->focal(c);
+  DLOPS_HOST_DEVICE Sums<T> of_class(int64_t c, T x) const {
+    const Focal focal = focal_of(x);
     const T share = this->share(c);
     return {weighted_loss(share, focal.loss()), weighted(share, focal.first())};
   }
@@ -255,25 +258,26 @@ struct Row {
     found.sum += static_cast<double>(sum);
     found.ties += ties;
   }
-  DLOPS_HOST_DEVICE bool is_largest(int64_t c) const { return at(args.input, c) == max; }
   // The first of the largest.
   DLOPS_HOST_DEVICE int64_t argmax() const {
     int64_t found = args.classes - 1;  // where all are NaN
     for_each_class([&](int64_t c) {
-      if (c < found && is_largest(c)) found = c;
+      if (c < found && at(args.input, c) == max) found = c;
     });
     return team.reduce(found, Least());
   }
-  DLOPS_HOST_DEVICE T p(int64_t c) const {
-    return ScalarMath<T>::exp(at(args.input, c) - max) * inverse;
-  }
-  DLOPS_HOST_DEVICE T not_p(int64_t c) const { return is_largest(c) ? complement : 1 - p(c); }
-  // phi and its derivatives for class c.
-  DLOPS_HOST_DEVICE Focal focal(int64_t c) const {
-    const T log_p = (at(args.input, c) - max) - log_sum;
-    const T not_p = is_largest(c) ? complement : 1 - ScalarMath<T>::exp(log_p);
+  // Of a class by its logit, or of class c: its probability, 1 - that, and phi with its
+  // derivatives.
+  DLOPS_HOST_DEVICE T p_of(T x) const { return ScalarMath<T>::exp(x - max) * inverse; }
+  DLOPS_HOST_DEVICE T not_p_of(T x) const { return x == max ? complement : 1 - p_of(x); }
+  DLOPS_HOST_DEVICE Focal focal_of(T x) const {
+    const T log_p = (x - max) - log_sum;
+    const T not_p = x == max ? complement : 1 - ScalarMath<T>::exp(log_p);
     return Focal(log_p, not_p, args.gamma);
   }
+  DLOPS_HOST_DEVICE T p(int64_t c) const { return p_of(at(args.input, c)); }
+  DLOPS_HOST_DEVICE T not_p(int64_t c) const { return not_p_of(at(args.input, c)); }
+  DLOPS_HOST_DEVICE Focal focal(int64_t c) const { return focal_of(at(args.input, c)); }
   // The derivative of the loss with respect to log p of class c.
   DLOPS_HOST_DEVICE T slope(int64_t c) const { return weighted(share(c), focal(c).first()); }
 };

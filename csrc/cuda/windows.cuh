@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_utils.cuh"
 #include "common/host_device.h"
 #include "cuda/divider.h"
 
@@ -103,7 +104,7 @@ class Packs {
   DLOPS_HOST_DEVICE void store(const Values<T>& values, T* to, const Pack& at,
                                int64_t pixels) const {
     if constexpr (channels_last) {
-      *reinterpret_cast<Values<T>*>(to) = values;
+      write_at_once(to, values);
     } else {
       for (int j = 0; j < width; ++j)
         if (j < at.count) to[j * pixels] = values.of[j];
