@@ -8,7 +8,7 @@
 namespace dlops::cuda {
 
 // Tiles of kSide pixels by kSide channels go through shared memory: neighbouring threads read
-// neighbouring pixels, 16 bytes at a time where these lie together, and write neighbouring
+// neighbouring pixels, up to 16 bytes at a time where these lie together, and write neighbouring
 // channels.
 template <class scalar_t>
 struct ChannelsLastTiles {
@@ -22,7 +22,7 @@ struct ChannelsLastTiles {
   int64_t images, pixels;
   int W, channels, padded;  // channels of a group, and with the zeros after them
   int64_t places;           // groups * padded, whole chunks
-  bool whole;               // pixels of a plane lie together in whole chunks, at multiples of 16
+  int together;             // pixels of a plane from a multiple of as many on: 16 or 8 bytes, or 1
   scalar_t* output;
 
   struct alignas(16) Chunk {
@@ -42,15 +42,19 @@ struct ChannelsLastTiles {
                         : V{};
   }
 
-  DLOPS_DEVICE void read_chunks(scalar_t* side, int thread, const scalar_t* first_of_image,
+  template <int width>
+  DLOPS_DEVICE void read_pixels(scalar_t* side, int thread, const scalar_t* first_of_image,
                                 int64_t first_pixel, int64_t first_place) const {
+    struct alignas(width * sizeof(scalar_t)) Pixels {
+      scalar_t values[width];
+    };
     DLOPS_UNROLL
-    for (int i = thread; i < kSide * kChunks; i += kThreads) {
-      const int c = i / kChunks, at = i % kChunks * kChunk;
+    for (int i = thread; i < kSide * kSide / width; i += kThreads) {
+      const int c = i / (kSide / width), at = i % (kSide / width) * width;
       if (first_place + c >= places || first_pixel + at >= pixels) continue;
-      const Chunk chunk = read<Chunk>(first_of_image + first_pixel + at, first_place + c);
+      const auto some = read<Pixels>(first_of_image + first_pixel + at, first_place + c);
       DLOPS_UNROLL
-      for (int j = 0; j < kChunk; ++j) side[c * kRow + at + j] = chunk.values[j];
+      for (int j = 0; j < width; ++j) side[c * kRow + at + j] = some.values[j];
     }
   }
 
@@ -62,11 +66,16 @@ struct ChannelsLastTiles {
     const int64_t first_pixel = tile / across % down * kSide;
     const int64_t n = tile / across / down;
     block.threads([&](int thread) {
-      if (whole) return read_chunks(side, thread, input + n * image, first_pixel, first_place);
+      const scalar_t* const first = input + n * image;
+      if (together == kChunk)
+        return read_pixels<kChunk>(side, thread, first, first_pixel, first_place);
+      if (together > 1)
+        return read_pixels<(kChunk > 2 ? kChunk / 2 : 1)>(side, thread, first, first_pixel,
+                                                          first_place);
       const int64_t at = first_pixel + thread % kSide;
       if (at >= pixels) return;
       const int64_t h = divide(at, W);
-      const scalar_t* const pixel = input + n * image + h * row + (at - h * W) * col;
+      const scalar_t* const pixel = first + h * row + (at - h * W) * col;
       for (int c = thread / kSide; c < kSide && first_place + c < places; c += kThreads / kSide)
         side[c * kRow + thread % kSide] = read<scalar_t>(pixel, first_place + c);
     });

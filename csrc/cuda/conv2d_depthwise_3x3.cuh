@@ -194,9 +194,11 @@ struct DepthwiseGradWeightTiles {
       DLOPS_UNROLL
       for (int s = 3 - stride; s < 3; ++s) see(cells, s, rows, col + s);
       const Numbers grad = load(rows.grad + ow * g.O);
-      whole&& g.col_inside(col) && g.col_inside(col + 2)
-          ? add<false>(own, cells, grad, rows.row, col)
-          : add<true>(own, cells, grad, rows.row, col);
+      if (whole && g.col_inside(col) && g.col_inside(col + 2)) {
+        add<false>(own, cells, grad, rows.row, col);
+      } else {
+        add<true>(own, cells, grad, rows.row, col);
+      }
     }
   }
 

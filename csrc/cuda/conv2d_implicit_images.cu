@@ -201,9 +201,15 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
   const int64_t padded = this->channels(), places = pixel();
   const at::Tensor memory = at::empty({count, H, W, places}, images.options());
   const int64_t chunk = chunk_elements(images);
-  const bool whole = images.stride(3) == 1 && images.stride(2) == W && H * W % chunk == 0 &&
-                     images.stride(1) % chunk == 0 && images.stride(0) % chunk == 0 &&
-                     reinterpret_cast<intptr_t>(images.const_data_ptr()) % 16 == 0;
+  const auto lie_together = [&](int64_t pixels) {
+    return images.stride(3) == 1 && images.stride(2) == W && H * W % pixels == 0 &&
+           images.stride(1) % pixels == 0 && images.stride(0) % pixels == 0 &&
+           reinterpret_cast<intptr_t>(images.const_data_ptr()) % (pixels * images.element_size()) ==
+               0;
+  };
+  const int64_t together = lie_together(chunk)                    ? chunk
+                           : chunk > 2 && lie_together(chunk / 2) ? chunk / 2
+                                                                  : 1;
   with_dtype(images, [&](auto zero) {
     using scalar_t = decltype(zero);
     using Pixels = ChannelsLastPixels<scalar_t>;
@@ -216,7 +222,8 @@ TileImages ImageReader::read(int64_t first, int64_t count) const {
     for_each_tile(ChannelsLastTiles<scalar_t>{
         images.const_data_ptr<scalar_t>(), images.stride(0), images.stride(1), images.stride(2),
         images.stride(3), count, H * W, static_cast<int>(W), static_cast<int>(channels),
-        static_cast<int>(padded), places, whole, memory.mutable_data_ptr<scalar_t>()});
+        static_cast<int>(padded), places, static_cast<int>(together),
+        memory.mutable_data_ptr<scalar_t>()});
   });
   return {memory, H * W * places, padded, W * places, places, padded};
 }

@@ -102,7 +102,7 @@ struct PointwiseTiles
                static_cast<scalar_t>(pair[1]));
       });
     });
-    L::write(block, shared, /*whole=*/true, [&](int o, int pixel) -> scalar_t* {
+    L::write(block, shared, T::kChunk, [&](int o, int pixel) -> scalar_t* {
       if (o >= outputs || place.first_pixel + pixel >= pixels) return nullptr;
       return place.output + (place.first_output + o) * output.channel + place.first_pixel + pixel;
     });

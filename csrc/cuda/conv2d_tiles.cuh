@@ -19,23 +19,33 @@ struct OutputPlace {
   }
 };
 
-// How outputs lie in memory: a pixel's channels together or a plane's pixels, whether in whole
-// chunks of 16 bytes, and whether all pixels follow one another at one step, so that none is
-// divided.
+// How outputs lie in memory: a pixel's channels together or a plane's pixels; how many at a time
+// (lines.cuh); and whether the pixels of an image, or all, follow one another at one step, so that
+// fewer positions have to be divided.
 struct OutputOrder {
-  bool channels_together, whole, even;
+  bool channels_together;
+  int together;
+  bool even_in_images, even;
 };
 
-// `outputs`: channels of a group; `pixels`: of a plane, whose rows have OW; `chunk`: elements.
+// `outputs`: channels of a group; `pixels`: of a plane, whose rows have OW; `chunk`: elements of 16
+// bytes.
 inline OutputOrder order_of(const OutputPlace& place, int64_t outputs, int64_t pixels, int64_t OW,
                             int64_t chunk, const void* output) {
-  const auto in_chunks = [&](auto... steps) { return ((steps % chunk == 0) && ...); };
-  const bool aligned =
-      reinterpret_cast<uintptr_t>(output) % 16 == 0 && in_chunks(place.start, place.image);
-  const bool even = place.row == OW * place.col && place.image == pixels * place.col;
-  if (place.channel == 1) return {true, aligned && in_chunks(outputs, place.row, place.col), even};
-  return {false, aligned && place.col == 1 && place.row == OW && in_chunks(pixels, place.channel),
-          even};
+  const bool channels_together = place.channel == 1;
+  const bool even_in_images = place.row == OW * place.col && pixels < int64_t(1) << 31;
+  const auto fits = [&](int64_t numbers) {
+    const auto are_multiples = [&](auto... steps) { return ((steps % numbers == 0) && ...); };
+    const auto bytes = static_cast<uintptr_t>(numbers * 16 / chunk);
+    return reinterpret_cast<uintptr_t>(output) % bytes == 0 &&
+           are_multiples(place.start, place.image) &&
+           (channels_together
+                ? are_multiples(outputs, place.row, place.col)
+                : place.col == 1 && place.row == OW && are_multiples(pixels, place.channel));
+  };
+  const int64_t together = fits(chunk) ? chunk : chunk > 2 && fits(chunk / 2) ? chunk / 2 : 1;
+  return {channels_together, static_cast<int>(together), even_in_images,
+          even_in_images && place.image == pixels * place.col};
 }
 
 // output (pixels x O) = columns (pixels x K) x weight^T (K x O) + bias, by tiles of kPixels x
@@ -148,6 +158,14 @@ struct Conv2dTiles : Tile<scalar_t> {
     if constexpr (by_boxes) block.publish();  // that they were read, to the next tile's boxes
   }
 
+  DLOPS_DEVICE int64_t place_of(int64_t pixel) const {
+    if (order.even) return place.start + pixel * place.col;
+    if (!order.even_in_images) return place(OutputPixel(conv, pixel));
+    const int plane = conv.OH * conv.OW;
+    const int64_t n = divide(pixel, plane);
+    return place.start + n * place.image + (pixel - n * plane) * place.col;
+  }
+
   // Lines of a pixel's outputs or, of planes, of an output's pixels.
   template <bool of_pixels, class Block, class S>
   DLOPS_DEVICE void write_lines(Block& block, unsigned char* shared, S& sums, int64_t first_pixel,
@@ -176,13 +194,11 @@ struct Conv2dTiles : Tile<scalar_t> {
         }
       });
     });
-    L::write(block, shared, order.whole, [&](int line, int number) -> scalar_t* {
+    L::write(block, shared, order.together, [&](int line, int number) -> scalar_t* {
       const int64_t pixel = first_pixel + (of_pixels ? line : number);
       const int o = of_pixels ? number : line;
       if (pixel >= conv.pixels() || o >= outputs) return nullptr;
-      const int64_t at =
-          order.even ? place.start + pixel * place.col : place(OutputPixel(conv, pixel));
-      return output + at + (first_channel + o) * place.channel;
+      return output + place_of(pixel) + (first_channel + o) * place.channel;
     });
   }
 

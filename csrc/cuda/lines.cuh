@@ -35,18 +35,18 @@ struct Lines {
     }
   }
 
-  // Writes all of them where to(line, number) says, or nowhere where that is null: `whole` chunks
-  // of 16 bytes, which lie together there and begin at multiples of 16, or one by one.
+  // Writes all of them where to(line, number) says, or nowhere where that is null. So many numbers
+  // lie together there from a multiple of as many on: 16 or 8 bytes of them, or 1.
   template <class Block, class F>
-  DLOPS_DEVICE static void write(Block& block, unsigned char* shared, bool whole, const F& to) {
+  DLOPS_DEVICE static void write(Block& block, unsigned char* shared, int together, const F& to) {
     block.sync();  // all are there
     block.threads([&](int thread) {
-      if (whole) {
-        for (int i = thread; i < lines * numbers / T::kChunk; i += T::kThreads)
-          write_one<Chunk>(shared, i * T::kChunk, to);
+      if (together == T::kChunk) {
+        write_all<T::kChunk>(shared, thread, to);
+      } else if (together > 1) {
+        write_all<(T::kChunk > 2 ? T::kChunk / 2 : 1)>(shared, thread, to);
       } else {
-        for (int i = thread; i < lines * numbers; i += T::kThreads)
-          write_one<scalar_t>(shared, i, to);
+        write_all<1>(shared, thread, to);
       }
     });
   }
@@ -55,15 +55,16 @@ struct Lines {
   struct alignas(2 * sizeof(scalar_t)) Pair {
     scalar_t first, second;
   };
-  struct alignas(16) Chunk {
-    unsigned char bytes[16];
-  };
-  template <class W, class F>
-  DLOPS_DEVICE static void write_one(unsigned char* shared, int i, const F& to) {
-    const int line = i / numbers, number = i % numbers;
-    scalar_t* const place = to(line, number);
-    if (place != nullptr)
-      *reinterpret_cast<W*>(place) = reinterpret_cast<const W&>(at(shared, line, number));
+  template <int together, class F>
+  DLOPS_DEVICE static void write_all(unsigned char* shared, int thread, const F& to) {
+    constexpr int bytes = together * static_cast<int>(sizeof(scalar_t));
+    for (int i = thread; i < lines * numbers / together; i += T::kThreads) {
+      const int line = i * together / numbers, number = i * together % numbers;
+      scalar_t* const place = to(line, number);
+      if (place != nullptr)
+        *reinterpret_cast<Bits<bytes>*>(place) =
+            reinterpret_cast<const Bits<bytes>&>(at(shared, line, number));
+    }
   }
 };
 

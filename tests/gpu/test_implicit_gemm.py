@@ -73,6 +73,8 @@ def tile_cases(N: int, H: int, W: int, few: tuple[int, int]) -> list[Conv2dCase]
         Conv2dCase("first_layer", (4, 3, 30, 31), (64, 3, 7, 7), stride=2, padding=3),
         Conv2dCase("large_first_layer", (N, 3, H, W), (40, 3, 3, 3), padding=1),
         Conv2dCase("first_layer_groups", (2, 12, 9, 10), (24, 4, 3, 3), (1, 2), 1, (2, 1), 3),
+        Conv2dCase("planes_by_8_bytes", (2, 64, 14, 14), (72, 64, 3, 3), padding=1),
+        Conv2dCase("planes_by_8_bytes_of_float32", (2, 24, 14, 13), (40, 24, 3, 3), padding=1),
         Conv2dCase("wide_window", (1, 4, 12, 12), (8, 4, 11, 11), padding=5),
         Conv2dCase("few_outputs", (2, 16, 9, 10), (3, 16, 3, 3), stride=2, padding=1),
     ]
