@@ -15,6 +15,8 @@ import dlops
 
 ROOT = Path(__file__).resolve().parents[1]
 
+OURS = ("DLOPS_CPU_", "DLOPS_CUDA_CONV2D")  # what chooses kernels
+
 
 def context(device: torch.device) -> dict[str, Any]:
     # The results of one benchmark do not change what the next one measures.
@@ -35,7 +37,7 @@ def context(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "allocator": {name: os.environ.get(name) for name in SETTINGS},
-        "settings": {name: v for name, v in os.environ.items() if name.startswith("DLOPS_CPU_")},
+        "settings": {name: v for name, v in os.environ.items() if name.startswith(OURS)},
     }
     if device.type == "cuda":
         found |= {

@@ -12,11 +12,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <initializer_list>
-#include <type_traits>
 
 #include "common/host_device.h"
+#include "cuda/unroll.h"
 
 #if defined(__CUDACC__)
 #include <c10/cuda/CUDAException.h>
@@ -24,12 +23,6 @@
 #define DLOPS_CUDA_KEY CUDA  // the dispatch key that the ops of csrc/cuda register under
 #else
 #include "host_launch.h"
-#endif
-
-#if defined(__CUDA_ARCH__)
-#define DLOPS_UNROLL _Pragma("unroll")
-#else
-#define DLOPS_UNROLL
 #endif
 
 namespace dlops::cuda {
@@ -86,41 +79,6 @@ inline bool are_aligned(int64_t channels, int64_t width,
 }
 
 // -------------------------------------------------------------------------------------- copies
-
-// Writes values that lie together in global memory at once, where the address is a multiple of
-// their size (or of 16): left to itself, nvcc writes some structs that are in registers member by
-// member.
-template <class Values>
-DLOPS_HOST_DEVICE void write_at_once(void* to, const Values& values) {
-#if defined(__CUDA_ARCH__)
-  constexpr int bytes = static_cast<int>(sizeof(Values));
-  if constexpr (bytes >= 8) {
-    using word_t = std::conditional_t<bytes == 8, uint2, uint4>;
-    DLOPS_UNROLL
-    for (int i = 0; i < bytes / static_cast<int>(sizeof(word_t)); ++i) {
-      word_t word;
-      memcpy(&word, reinterpret_cast<const word_t*>(&values) + i, sizeof(word_t));
-      void* const place = static_cast<word_t*>(to) + i;
-      if constexpr (bytes == 8) {
-        asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(place), "r"(word.x), "r"(word.y)
-                     : "memory");
-      } else {
-        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(place), "r"(word.x),
-                     "r"(word.y), "r"(word.z), "r"(word.w)
-                     : "memory");
-      }
-    }
-  } else if constexpr (bytes == 4) {
-    uint32_t word;
-    memcpy(&word, &values, bytes);
-    *static_cast<uint32_t*>(to) = word;
-  } else {
-    *static_cast<Values*>(to) = values;
-  }
-#else
-  std::memcpy(to, &values, sizeof(Values));
-#endif
-}
 
 // Moves data of any dtype: an element, or several neighbouring ones, as plain bits.
 template <int bytes>

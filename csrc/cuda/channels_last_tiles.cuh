@@ -4,6 +4,7 @@
 
 #include "cuda/divider.h"
 #include "cuda/tiles.cuh"
+#include "cuda/write_at_once.cuh"
 
 namespace dlops::cuda {
 

@@ -22,7 +22,7 @@ inline bool is_pointwise(const Conv2dGeometry& g) {
          g.pad_top == 0 && g.pad_left == 0;
 }
 
-// Whether the ways without a column matrix are asked for: DLOPS_CUDA_CONV2D=implicit_gemm and on.
+// Whether the ways without a column matrix are: unless DLOPS_CUDA_CONV2D=im2col asks for the other.
 bool asks_for_implicit_gemm();
 
 // Whether a way is asked for and serves this dtype, device and geometry.

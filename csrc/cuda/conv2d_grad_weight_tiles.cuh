@@ -81,8 +81,8 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
   template <class Block>
   DLOPS_DEVICE void copy_outputs(Block& block, unsigned char* panels, int thread,
                                  const Place& place, int64_t pixel) const {
-    P::template for_each_chunk<kOutputPanels>(
-        panels, thread, [&](unsigned char* to, int row, int element) {
+    P::template Part<kOutputPanels>::for_each(
+        panels, thread, [&](unsigned char* to, int row, int element, int) {
           const int o = place.first_output + element;
           block.template copy<16>(
               to, grad_output + (pixel + row) * grad_pixel + place.group * grad_group + o,
@@ -90,16 +90,35 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
         });
   }
 
+  // A thread's part of the columns: one cell, seen from some pixels, which go on from stage to
+  // stage.
+  struct Walk {
+    using Part = typename P::template Part<kColumnPanels>;
+    Cell cell;
+    bool is_column;
+    OutputPixel step, at[Part::kCount];
+
+    Walk() = default;
+    DLOPS_DEVICE Walk(const TileConv2d<scalar_t>& conv, int thread, const Place& place)
+        : step(conv, kPixels) {
+      const int k = place.first_column + Part::element(thread);
+      cell = Cell(conv, k);
+      is_column = k < conv.column_rows();
+      DLOPS_UNROLL
+      for (int i = 0; i < Part::kCount; ++i)
+        at[i] = OutputPixel(conv, place.first_pixel + Part::row(thread, i));
+    }
+  };
+
   template <class Block>
   DLOPS_DEVICE void copy_columns(Block& block, unsigned char* panels, int thread,
-                                 const Place& place, int64_t pixel) const {
-    // Of all its chunks.
-    const int k = place.first_column + thread % (kColumnPanels * T::kChunks) * T::kChunk;
-    const Cell cell(conv, k);
-    P::template for_each_chunk<kColumnPanels>(panels, thread, [&](unsigned char* to, int row, int) {
-      const Window<scalar_t> window(conv, pixel + row, place.end_pixel, place.group);
-      block.template copy<16>(to, window.start + cell.offset,
-                              k < conv.column_rows() && window.inside(conv, cell));
+                                 const Place& place, int64_t pixel, Walk& walk) const {
+    Walk::Part::for_each(panels, thread, [&](unsigned char* to, int row, int, int i) {
+      const Window<scalar_t> window(conv, walk.at[i], place.group);
+      block.template copy<16>(
+          to, window.start + walk.cell.offset,
+          walk.is_column && pixel + row < place.end_pixel && window.inside(conv, walk.cell));
+      walk.at[i].advance(conv, walk.step);
     });
   }
 
@@ -162,13 +181,15 @@ struct GradWeightTiles : GradWeightPanels<scalar_t, kOutputs, kColumns, copies, 
   template <class Block, class F, class G>
   DLOPS_DEVICE void copy_and_multiply(Block& block, const Place& place, int64_t steps,
                                       const F& stage, const G& multiply_stage) const {
+    typename Block::template PerThread<Walk> walks;
+    block.threads([&](int thread) { walks[thread] = Walk(conv, thread, place); });
     run_stages<Products, T::kStages>(
         block, steps,
         [&](int64_t step) {
           const int64_t pixel = place.first_pixel + step * kPixels;
           block.threads([&](int thread) {
             copy_outputs(block, stage(step) + kOutputsAt, thread, place, pixel);
-            copy_columns(block, stage(step) + kColumnsAt, thread, place, pixel);
+            copy_columns(block, stage(step) + kColumnsAt, thread, place, pixel, walks[thread]);
           });
         },
         multiply_stage);

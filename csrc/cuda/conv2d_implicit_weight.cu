@@ -9,6 +9,7 @@
 #include "cuda/conv2d_implicit.h"
 #include "cuda/divider.h"
 #include "cuda/parts.cuh"
+#include "cuda/write_at_once.cuh"
 
 namespace dlops::cuda {
 namespace {
@@ -132,7 +133,7 @@ void launch_by_groups(const GradWeightCall& call, bool wide, bool many) {
 }
 
 // Of so many outputs, tiles of 64 would be mostly empty.
-constexpr int64_t kFewOutputs = 16;
+constexpr int64_t kFewOutputs = 8;
 
 void launch_grad_weight(const GradWeightCall& call, bool by_boxes) {
   const Conv2dGeometry& g = call.g;

@@ -68,14 +68,14 @@ struct PointwiseTiles
   template <class Block>
   DLOPS_DEVICE void copy(Block& block, unsigned char* panels, int thread, const Place& place,
                          int c) const {
-    P::template for_each_chunk<P::kRowPanels>(
-        panels, thread, [&](unsigned char* to, int row, int o) {
+    P::template Part<P::kRowPanels>::for_each(
+        panels, thread, [&](unsigned char* to, int row, int o, int) {
           block.template copy<16>(to, place.weight + static_cast<int64_t>(c + row) * weight_row + o,
                                   c + row < C && place.first_output + o < weight_row);
         });
-    P::template for_each_chunk<P::kColumnPanels>(
+    P::template Part<P::kColumnPanels>::for_each(
         panels + P::kRowPanels * P::kPanelBytes, thread,
-        [&](unsigned char* to, int row, int pixel) {
+        [&](unsigned char* to, int row, int pixel, int) {
           block.template copy<16>(to, place.input + (c + row) * input.channel + pixel,
                                   c + row < C && place.first_pixel + pixel < pixels);
         });

@@ -211,9 +211,15 @@ struct Conv2dTiles : Tile<scalar_t> {
     const int steps = static_cast<int>(tiles_of(weight_row, T::kRow));
     typename Block::template PerThread<Windows> windows;
     block.threads([&](int thread) {
-      for (int i = 0; i < kPixelRows; ++i)
-        windows[thread].rows[i] = Window<scalar_t>(conv, first_pixel + thread / T::kChunks + i * 32,
-                                                   conv.pixels(), group);
+      const int64_t first = first_pixel + thread / T::kChunks;
+      const OutputPixel step(conv, 32);
+      OutputPixel at(conv, first);
+      DLOPS_UNROLL
+      for (int i = 0; i < kPixelRows; ++i) {
+        windows[thread].rows[i] = first + i * 32 < conv.pixels() ? Window<scalar_t>(conv, at, group)
+                                                                 : Window<scalar_t>::outside(conv);
+        at.advance(conv, step);
+      }
     });
     run_stages<Products, T::kStages>(
         block, steps,

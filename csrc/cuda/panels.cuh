@@ -29,15 +29,23 @@ struct Panels : Tile<scalar_t> {
     return chunk_at(panels, row, element / T::kChunk) +
            element % T::kChunk * static_cast<int>(sizeof(scalar_t));
   }
-  // A thread's part of a factor's panels: calls f(place, row, element) for chunks.
-  template <int panels, class F>
-  DLOPS_DEVICE static void for_each_chunk(unsigned char* to, int thread, const F& f) {
-    constexpr int chunks = panels * T::kChunks, rows = T::kThreads / chunks;
-    const int chunk = thread % chunks;
-    DLOPS_UNROLL
-    for (int row = thread / chunks; row < kDepth; row += rows)
-      f(chunk_at(to, row, chunk), row, chunk * T::kChunk);
-  }
+  // A thread's part of a factor's panels: one chunk, of so many rows that lie so far apart.
+  template <int panels>
+  struct Part {
+    static constexpr int kChunks = panels * T::kChunks, kApart = T::kThreads / kChunks;
+    static constexpr int kCount = kDepth / kApart;
+    static_assert(kCount * kApart == kDepth);
+    DLOPS_DEVICE static int element(int thread) { return thread % kChunks * T::kChunk; }
+    DLOPS_DEVICE static int row(int thread, int i) { return thread / kChunks + i * kApart; }
+
+    // Calls f(place, row, element, i) for the i-th of the rows.
+    template <class F>
+    DLOPS_DEVICE static void for_each(unsigned char* to, int thread, const F& f) {
+      DLOPS_UNROLL
+      for (int i = 0; i < kCount; ++i)
+        f(chunk_at(to, row(thread, i), thread % kChunks), row(thread, i), element(thread), i);
+    }
+  };
 
   // The products of one stage.
   template <class Block, class F, class S>

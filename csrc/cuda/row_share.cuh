@@ -10,6 +10,7 @@
 
 #include "common/cuda_utils.cuh"
 #include "cuda/rows.cuh"
+#include "cuda/write_at_once.cuh"
 
 namespace dlops::cuda {
 

@@ -16,6 +16,7 @@
 #include "cuda/device_math.cuh"
 #include "cuda/divider.h"
 #include "cuda/sum.cuh"
+#include "cuda/write_at_once.cuh"
 #include "focal_loss_math.h"
 
 namespace dlops::cuda {
@@ -173,7 +174,7 @@ struct Upstream {
   DLOPS_HOST_DEVICE bool is_one() const { return static_cast<double>(*grad_output) == 1.0; }
 };
 
-// The loss and its gradients, each where it is asked for: one kernel for all, so that each has the
+// The loss and its gradients, each where it is asked for: one code for all, so that each has the
 // same bits without the others. Returns the sum of the losses.
 template <class scalar_t>
 struct LossAndGradient {
@@ -190,10 +191,10 @@ struct LossAndGradient {
     if (is_done_for_one && upstream.is_one()) return 0;
     const auto factors = upstream.template load<width>(first);
     Vector<scalar_t, width> losses{}, by_input{}, by_target{};
-    T sum(0);  // of so few that it rounds as they do
+    double sum = 0;
     elements.template for_each<width>(first, [&](int j, const auto& element) {
       const auto result = element.loss_and_first();
-      sum += result.loss;
+      sum += static_cast<double>(result.loss);
       losses.of[j] = static_cast<scalar_t>(result.loss);
       by_input.of[j] = static_cast<scalar_t>(factors.of[j] * result.first);
     });
@@ -206,7 +207,7 @@ struct LossAndGradient {
       });
       by_target.store(grad_targets, first);
     }
-    return static_cast<double>(sum);
+    return sum;
   }
 };
 

@@ -43,12 +43,28 @@ struct OutputPixel {
   int64_t n;
   int oh, ow;
 
+  OutputPixel() = default;
   template <class Conv>
   DLOPS_DEVICE OutputPixel(const Conv& conv, int64_t pixel) {
     const int64_t row = divide(pixel, conv.OW);
     n = divide(row, conv.OH);
     oh = static_cast<int>(row - n * conv.OH);
     ow = static_cast<int>(pixel - row * conv.OW);
+  }
+  // So many pixels on as `step` is from the first one: without a division.
+  template <class Conv>
+  DLOPS_DEVICE void advance(const Conv& conv, const OutputPixel& step) {
+    ow += step.ow;
+    oh += step.oh;
+    n += step.n;
+    if (ow >= conv.OW) {
+      ow -= conv.OW;
+      ++oh;
+    }
+    if (oh >= conv.OH) {
+      oh -= conv.OH;
+      ++n;
+    }
   }
 };
 
@@ -59,16 +75,17 @@ struct Window {
   int ih, iw;
 
   Window() = default;
-  DLOPS_DEVICE Window(const TileConv2d<scalar_t>& conv, int64_t pixel, int64_t end, int group) {
-    if (pixel >= end) {
-      start = conv.input;
-      ih = iw = -(1 << 30);  // outside, whatever the cell
-      return;
-    }
-    const OutputPixel at(conv, pixel);
+  DLOPS_DEVICE Window(const TileConv2d<scalar_t>& conv, const OutputPixel& at, int group) {
     ih = at.oh * conv.stride_h - conv.pad_top;
     iw = at.ow * conv.stride_w - conv.pad_left;
     start = conv.input + at.n * conv.image + ih * conv.row + iw * conv.col + group * conv.group;
+  }
+  // Of no pixel: outside, whatever the cell.
+  DLOPS_DEVICE static Window outside(const TileConv2d<scalar_t>& conv) {
+    Window window;
+    window.start = conv.input;
+    window.ih = window.iw = -(1 << 30);
+    return window;
   }
   template <class Cell>
   DLOPS_DEVICE bool inside(const TileConv2d<scalar_t>& conv, const Cell& cell) const {
@@ -83,6 +100,7 @@ struct Cell {
   int dh, dw;
   int64_t offset;
 
+  Cell() = default;
   template <class scalar_t>
   DLOPS_DEVICE Cell(const TileConv2d<scalar_t>& conv, int k) {
     const int tap = k / conv.C, c = k - tap * conv.C;

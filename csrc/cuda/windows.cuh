@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "common/cuda_utils.cuh"
 #include "common/host_device.h"
 #include "cuda/divider.h"
+#include "cuda/write_at_once.cuh"
 
 namespace dlops::cuda {
 

@@ -59,8 +59,8 @@ large_of_dtypes = parametrize(
 
 @pytest.fixture(autouse=True)
 def _tf32() -> Iterator[None]:
-    """float32 goes by the tensor cores where DLOPS_CUDA_CONV2D asks for them."""
-    by_tensor_cores = os.environ.get("DLOPS_CUDA_CONV2D", "im2col") != "im2col"
+    """float32 goes by the tensor cores, but where DLOPS_CUDA_CONV2D asks for im2col."""
+    by_tensor_cores = os.environ.get("DLOPS_CUDA_CONV2D") != "im2col"
     torch.set_float32_matmul_precision("high" if by_tensor_cores else "highest")
     yield
     torch.set_float32_matmul_precision("highest")
