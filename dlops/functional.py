@@ -27,6 +27,7 @@ from dlops.ops.common import (
     check_number,
     check_tensor,
     differentiable,
+    fits,
     has_tangent,
     pair,
     reduction_number,
@@ -467,9 +468,16 @@ def _conv_padding(
         )
     if any(step != 1 for step in stride):
         raise RuntimeError(f"conv2d: padding='same' needs stride 1, got stride {tuple(stride)}")
+    if any(step <= 0 for step in dilation):
+        raise RuntimeError(f"conv2d: dilation must be greater than zero, got {list(dilation)}")
     # torch.jit.trace cannot put traced sizes into the lists that the operators take.
     kernel = [int(size) if torch.jit.is_tracing() else size for size in weight.shape[2:]]
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if not all(isinstance(total, torch.SymInt) or fits(total) for total in totals):
+        raise RuntimeError(
+            f"conv2d: dilation is too large for padding='same' of a {kernel[0]}x{kernel[1]} "
+            f"kernel, got {list(dilation)}"
+        )
     before = [total // 2 for total in totals]
     # An odd total puts the extra row and column at the end.
     return before + [total - first for total, first in zip(totals, before, strict=True)]

@@ -66,7 +66,8 @@ def fold(o: Any, **arguments: Any) -> Any:
     return o.fold(COLUMNS, **{"output_size": 8, "kernel_size": 3, **arguments})
 
 
-BELOW_ONE = [0, -1, (1, 0), (-2, 1)]
+# torch keeps the numbers below -2^62 for symbolic sizes.
+BELOW_ONE = [0, -1, (1, 0), (-2, 1), -(2**63), (1, -(2**62) - 1)]
 MALFORMED = [(1, 2, 3), 1.5, True, 2**63, (1, 2**64)]
 
 CONV2D = [
@@ -91,12 +92,20 @@ CONV2D = [
     Refused("groups_output", lambda o: o.conv2d(INPUT, WEIGHT[:5, :2], groups=2), "groups", "2, 5"),
     Refused("groups_over_outputs", lambda o: conv2d(o, groups=8), "groups", "8"),
     Refused("same_stride", lambda o: conv2d(o, padding="same", stride=2), "stride", "2"),
+    Refused("same_dilation", lambda o: conv2d(o, padding="same", dilation=-3), "dilation", "-3"),
+    Refused(
+        "same_dilation_past_64_bits",
+        lambda o: conv2d(o, padding="same", dilation=(1, 2**62)),
+        "dilation",
+        str(2**62),
+    ),
     Refused("not_a_tensor", lambda o: o.conv2d([1.0], WEIGHT), "input"),
     Refused("none", lambda o: o.conv2d(None, WEIGHT), "input"),
     *refused_sizes("conv2d", "stride", [*BELOW_ONE, *MALFORMED], conv2d),
     *refused_sizes("conv2d", "dilation", [*BELOW_ONE, *MALFORMED], conv2d),
-    *refused_sizes("conv2d", "padding", [-1, (1, -2), *MALFORMED, "full", "SAME"], conv2d),
-    *refused_sizes("conv2d", "groups", [0, -1, 1.5], conv2d),
+    *refused_sizes("conv2d", "padding", [-1, (1, -2), -(2**63), *MALFORMED], conv2d),
+    *refused_sizes("conv2d", "padding", ["full", "SAME"], conv2d),
+    *refused_sizes("conv2d", "groups", [0, -1, -(2**63), 1.5], conv2d),
 ]
 
 UNFOLD = [

@@ -28,13 +28,15 @@ def pair(value: int | Sequence[int], name: str, op: str, single: bool = True) ->
         return [value, value]
     if isinstance(value, (list, tuple)):
         if not all(is_int(entry) and fits(entry) for entry in value):
+            if all(is_int(entry) and (fits(entry) or reserved(entry)) for entry in value):
+                raise RuntimeError(f"{op}: {name} must not be negative, got {tuple(value)}")
             raise TypeError(f"{op}: {name} must be ints of 64 bits, got {tuple(value)}")
         if len(value) == 1 and single:
             return [value[0], value[0]]
         if len(value) != 2:
             raise RuntimeError(f"{op}: {name} must be one int or two, got {tuple(value)}")
         return list(value)
-    if not single and is_int(value) and not fits(value):  # native's type for the same
+    if not single and is_int(value) and not (fits(value) or reserved(value)):  # native's type
         raise TypeError(f"{op}: {name} must fit in 64 bits, got {value}")
     number = check_int(value, name, op)
     return [number, number]
@@ -51,13 +53,20 @@ def is_int(value: Any) -> TypeGuard[int]:
 
 def fits(value: int) -> bool:
     """Whether a kernel can take it, as a 64-bit integer; a traced one always does."""
-    return torch.compiler.is_compiling() or -(2**63) <= value < 2**63
+    return torch.compiler.is_compiling() or -(2**62) <= value < 2**63
+
+
+def reserved(value: int) -> bool:
+    """Whether torch would take the 64-bit integer for a symbolic one, and fail on that."""
+    return not torch.compiler.is_compiling() and -(2**63) <= value < -(2**62)
 
 
 def check_int(value: Any, name: str, op: str) -> int:
     if not is_int(value):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if not fits(value):
+        if reserved(value):
+            raise RuntimeError(f"{op}: {name} must not be negative, got {value}")
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
     return value
 
