@@ -24,7 +24,11 @@ class Limits:
         # A copy of the same size: small cases live in caches that are faster than memory.
         size = 1 << max(0, round(bytes) - 1).bit_length()
         at_memory = bytes / self.bandwidth(min(max(size, MIN_BYTES), MAX_BYTES))
-        return max(at_memory, flops / self.gemm(dtype)) if flops else at_memory
+        if not flops:
+            return at_memory
+        # Numbers of 16 bits may be widened on a CPU whose products of them are slow.
+        widened = [torch.float32] if self.device.type == "cpu" and dtype.itemsize == 2 else []
+        return max(at_memory, flops / max(self.gemm(type_) for type_ in (dtype, *widened)))
 
     def _bandwidth(self, bytes: int) -> float:
         """Bytes read and written a second by a copy that moves ``bytes`` in all."""

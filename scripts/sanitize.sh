@@ -78,15 +78,20 @@ address() {
     grep -qw "${capability/avx512/avx512vl}" /proc/cpuinfo || [ "$capability" = default ] || continue
     runs+=("address_$capability")
   done
-  side_by_side address_others address_tiles "${runs[@]}"
+  side_by_side address_others address_bfloat16 "${runs[@]}"
 }
 address_default() { ATEN_CPU_CAPABILITY=default pytest address "${ops[@]}"; }
 address_avx2() { ATEN_CPU_CAPABILITY=avx2 pytest address "${ops[@]}"; }
 address_avx512() { ATEN_CPU_CAPABILITY=avx512 pytest address "${ops[@]}"; }
-address_tiles() {
+# Multiplied as it is: the machine's own choice may be float32.
+address_bfloat16() {
+  local bfloat16=(tests/test_conv2d.py -k "bfloat16 and (exact or layout)")
+  if grep -qw avx512_bf16 /proc/cpuinfo; then
+    DLOPS_CPU_AVX512_BF16=1 DLOPS_CPU_AMX=0 pytest address "${bfloat16[@]}"
+  fi
   export DLOPS_CPU_AMX=1
   pytest address tests/test_precision.py -k "split or without_parts or same_bits"
-  pytest address tests/test_conv2d.py -k "bfloat16 and (exact or layout)"
+  pytest address "${bfloat16[@]}"
 }
 address_others() { pytest address tests/test_invalid.py tests/fuzz; }
 

@@ -7,8 +7,6 @@ With DLOPS_CPU_AMX=1 they are made by AMX, or by tests/tiles/played_tiles.h in a
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 
@@ -114,31 +112,3 @@ def test_same_bits_on_any_number_of_threads(case: Conv2dCase) -> None:
     finally:
         torch.set_num_threads(threads)
     check_same_bits(runs)
-
-
-@pytest.mark.invalid
-@parametrize(
-    "value, message",
-    [("yes", "must be unset (bfloat16 alone), 0 (nothing) or 1"), ("1", "needs a CPU with AMX")],
-)
-def test_amx_where_there_is_none(value: str, message: str) -> None:
-    if value == "1" and (BY_TILES or "amx_bf16" in _cpu_flags()):
-        pytest.skip("there is AMX")
-    code = "import dlops, torch; x = torch.ones(1, 16, 3, 3).bfloat16(); "
-    code += "dlops.functional.conv2d(x, x)"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "DLOPS_CPU_AMX": value},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 1
-    assert message in result.stderr
-
-
-def _cpu_flags() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return file.read()
-    except OSError:
-        return ""

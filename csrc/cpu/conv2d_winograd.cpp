@@ -1,5 +1,6 @@
 #include "cpu/conv2d_winograd.h"
 
+#include <ATen/Dispatch_v2.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -8,6 +9,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/capability.h"
@@ -47,10 +49,12 @@ inline TileCut cut_of(const Problem& p) {
   return {p.images, p.tiles_h(), p.tiles_w(), std::min(fitting, std::max<int64_t>(16, each))};
 }
 
+template <class scalar_t>
 class Winograd {
  public:
-  Winograd(const Problem& p, const ImageView<float>& source, const at::Tensor& weight, bool turned,
-           const float* bias, float* result)
+  // The weight and the bias are float32.
+  Winograd(const Problem& p, const ImageView<scalar_t>& source, const at::Tensor& weight,
+           bool turned, const float* bias, scalar_t* result)
       : p_(p),
         cut_(cut_of(p)),
         source_(source, p.pad_top, p.pad_left, p.tiles_w()),
@@ -172,8 +176,10 @@ class Winograd {
   int64_t terms() const { return p_.in <= 128 ? p_.in : 64; }
   int64_t strip_size() const { return source_.strip_size(cut_.rows, p_.in); }
   int64_t result_size() const {
-    return last_ ? 0 : cut_.images * 2 * cut_.rows * p_.width * p_.out;
+    return in_place() ? 0 : cut_.images * 2 * cut_.rows * p_.width * p_.out;
   }
+  // Whether results are written where they are to be, not by way of `space.result`.
+  bool in_place() const { return last_ && std::is_same_v<scalar_t, float>; }
   // The result's rows that they make.
   Interval result_rows(Interval rows) const {
     return {2 * rows.begin, std::min(p_.height, 2 * rows.end)};
@@ -199,7 +205,7 @@ class Winograd {
       }
       write_block(task, {o, o + width}, count, space);
     }
-    if (!last_) turn_result(task, space.result);
+    if (!in_place()) store_result(task, space.result);
   }
 
   void read_pixels(const Task& task, const Space& space, int64_t count) const {
@@ -219,14 +225,14 @@ class Winograd {
     const auto transform = DLOPS_SIMD(transform_output, float);
     const int64_t width = length(block), o0 = task.group * p_.out + block.begin;
     const Interval rows = result_rows(task.rows);
-    const int64_t step = last_ ? p_.groups * p_.out : p_.out;
+    const int64_t step = in_place() ? p_.groups * p_.out : p_.out;
     const float* const bias = bias_ == nullptr ? nullptr : bias_ + o0;
     const float* from = space.sums;
     for (int64_t n = task.images.begin; n < task.images.end; ++n) {
-      float* const first = last_ ? result_ + (n * p_.height + rows.begin) * p_.width * step + o0
-                                 : space.result +
-                                       (n - task.images.begin) * length(rows) * p_.width * step +
-                                       block.begin;
+      float* first =
+          space.result + (n - task.images.begin) * length(rows) * p_.width * step + block.begin;
+      if constexpr (std::is_same_v<scalar_t, float>)
+        if (last_) first = result_ + (n * p_.height + rows.begin) * p_.width * step + o0;
       for (int64_t y = 0; y < length(task.rows); ++y) {
         for (int64_t x = 0; x < p_.tiles_w(); ++x, from += width) {
           std::array<float*, 4> outputs;
@@ -243,36 +249,54 @@ class Winograd {
     }
   }
 
-  void turn_result(const Task& task, const float* from) const {
-    const auto flip = DLOPS_SIMD(transpose, float, float);
+  void store_result(const Task& task, const float* from) const {
+    const auto flip = DLOPS_SIMD(transpose, float, scalar_t);
+    const auto convert = DLOPS_SIMD(convert_row, float, scalar_t);
     const Interval rows = result_rows(task.rows);
     const int64_t pixels = length(rows) * p_.width, plane = p_.height * p_.width;
+    const int64_t o0 = task.outputs.begin, outputs = length(task.outputs);
+    const int64_t all = p_.groups * p_.out;
     for (int64_t n = task.images.begin; n < task.images.end; ++n, from += pixels * p_.out) {
-      const int64_t channel = (n * p_.groups + task.group) * p_.out + task.outputs.begin;
-      flip(from + task.outputs.begin, p_.out, pixels, length(task.outputs),
-           result_ + channel * plane + rows.begin * p_.width, plane);
+      const int64_t channel = task.group * p_.out + o0, pixel = rows.begin * p_.width;
+      if (!last_) {
+        flip(from + o0, p_.out, pixels, outputs, result_ + (n * all + channel) * plane + pixel,
+             plane);
+        continue;
+      }
+      scalar_t* const to = result_ + (n * plane + pixel) * all + channel;
+      if (outputs == all) {
+        convert(from, to, pixels * all);
+      } else {
+        for (int64_t i = 0; i < pixels; ++i) convert(from + i * p_.out + o0, to + i * all, outputs);
+      }
     }
   }
 
   const Problem p_;
   const TileCut cut_;
-  const Tiles<4> source_;
+  const Tiles<4, scalar_t> source_;
   const bool last_;  // channels_last
   at::Tensor weights_;
   const float* bias_;
-  float* result_;
+  scalar_t* result_;
   std::vector<std::atomic<bool>> failed_;
 };
 
 std::vector<int64_t> correlate(const Problem& p, const at::Tensor& source, const at::Tensor& weight,
                                bool turned, const at::Tensor& bias, const at::Tensor& result,
                                at::MemoryFormat format) {
-  const ImageView<float> images{source.const_data_ptr<float>(), source.size(1), source.size(2),
-                                source.size(3), format == at::MemoryFormat::ChannelsLast};
-  return Winograd(p, images, weight, turned,
-                  bias.defined() ? bias.const_data_ptr<float>() : nullptr,
-                  result.mutable_data_ptr<float>())
-      .run();
+  const bool last = format == at::MemoryFormat::ChannelsLast;
+  const at::Tensor in_float = weight.to(at::kFloat);
+  const float* const addends = bias.defined() ? bias.const_data_ptr<float>() : nullptr;
+  return AT_DISPATCH_V2(source.scalar_type(), "conv2d_winograd", AT_WRAP([&] {
+                          const ImageView<scalar_t> images{source.const_data_ptr<scalar_t>(),
+                                                           source.size(1), source.size(2),
+                                                           source.size(3), last};
+                          return Winograd<scalar_t>(p, images, in_float, turned, addends,
+                                                    result.mutable_data_ptr<scalar_t>())
+                              .run();
+                        }),
+                        at::kFloat, at::kHalf, at::kBFloat16);
 }
 
 bool allows_winograd() {
@@ -291,7 +315,10 @@ bool takes(const Conv2dGeometry& g, at::ScalarType dtype, int64_t least, int64_t
   constexpr int64_t kRow = 32 * 1024;
   const int64_t pixel = std::max(g.channels_per_group(), g.outputs_per_group()) + kBlock;
   if (ceil_div(std::max(g.W, g.OW), 2) * pixel > kRow) return false;
-  return dtype == at::kFloat && g.R == 3 && g.S == 3 && g.stride_h == 1 && g.stride_w == 1 &&
+  // Products of bfloat16 as it is are as many fewer.
+  const bool by_float32 = dtype == at::kFloat || dtype == at::kHalf ||
+                          (dtype == at::kBFloat16 && !multiplies_bfloat16());
+  return by_float32 && g.R == 3 && g.S == 3 && g.stride_h == 1 && g.stride_w == 1 &&
          g.dilation_h == 1 && g.dilation_w == 1 && serve(g.channels_per_group()) &&
          serve(g.outputs_per_group()) && allows_winograd();
 }

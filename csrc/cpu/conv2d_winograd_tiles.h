@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <type_traits>
 
 #include "cpu/conv2d_strip_copies.h"
 
@@ -31,15 +32,15 @@ struct TileCut {
 
 // An image's tiles of size x size pixels, a row of them each two rows of pixels on, from pad_top
 // rows and pad_left columns before the image on.
-template <int64_t size>
+template <int64_t size, class scalar_t>
 class Tiles {
  public:
-  Tiles(const ImageView<float>& images, int64_t pad_top, int64_t pad_left, int64_t tiles_w)
+  Tiles(const ImageView<scalar_t>& images, int64_t pad_top, int64_t pad_left, int64_t tiles_w)
       : images_(images), pad_top_(pad_top), pad_left_(pad_left), tiles_w_(tiles_w) {}
 
   // What read() needs for `rows` rows of tiles of so many channels.
   int64_t strip_size(int64_t rows, int64_t channels) const {
-    return images_.last ? 0 : std::min(images_.H, 2 * rows + size - 2) * images_.W * channels;
+    return in_place() ? 0 : std::min(images_.H, 2 * rows + size - 2) * images_.W * channels;
   }
   // Calls transform(pixels) for rows of tiles of image n, with the places of each tile's pixels,
   // row by row, whose `channels` stand side by side. Outside of the image they are `zeros`.
@@ -48,9 +49,8 @@ class Tiles {
             const Transform& transform) const {
     const int64_t begin = std::clamp<int64_t>(2 * rows.begin - pad_top_, 0, images_.H);
     const int64_t end = std::clamp<int64_t>(2 * rows.end + size - 2 - pad_top_, begin, images_.H);
-    const int64_t step = images_.last ? images_.channels : length(channels);
-    const float* const first = images_.last ? images_.at(n, channels.begin, begin, 0) : strip;
-    if (!images_.last) fill_strip(images_, n, channels, {begin, end}, {0, images_.W}, strip);
+    const int64_t step = in_place() ? images_.channels : length(channels);
+    const float* const first = pixels_of(n, channels, {begin, end}, strip);
     const int64_t row = images_.W * step;
     std::array<const float*, size * size> pixels;
     for (int64_t y = rows.begin; y < rows.end; ++y) {
@@ -73,7 +73,15 @@ class Tiles {
   }
 
  private:
-  ImageView<float> images_;
+  bool in_place() const { return images_.last && std::is_same_v<scalar_t, float>; }
+  // Rows of an image where they are, or else in the strip.
+  const float* pixels_of(int64_t n, Interval channels, Interval rows, float* strip) const {
+    if constexpr (std::is_same_v<scalar_t, float>)
+      if (images_.last) return images_.at(n, channels.begin, rows.begin, 0);
+    fill_strip(images_, n, channels, rows, {0, images_.W}, strip);
+    return strip;
+  }
+  ImageView<scalar_t> images_;
   int64_t pad_top_, pad_left_, tiles_w_;
 };
 

@@ -1,11 +1,14 @@
 // The gradient of a 3x3 weight as Winograd's F(3x3, 2x2): tiles of 2x2 gradients meet 4x4 pixels in
 // 16 products, each a matrix product whose depth is the tiles; their sums over the whole batch are
 // transformed once.
+#include <ATen/Dispatch_v2.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "cpu/capability.h"
 #include "cpu/conv2d_weight_tasks.h"
@@ -22,6 +25,7 @@ namespace {
 
 constexpr int64_t kBlock = WeightTasks::kBlock, kLeastTasks = 4;
 
+template <class scalar_t>
 class WeightGradient {
  public:
   WeightGradient(const Conv2dGeometry& g, const at::Tensor& grad_output, const at::Tensor& input,
@@ -29,20 +33,21 @@ class WeightGradient {
       : g_(g),
         cut_(g.N, tiles_h(), tiles_w(), most_tiles(g)),
         strips_(ceil_div(tiles_h(), cut_.rows)),
-        input_({input.const_data_ptr<float>(), g.C, g.H, g.W, last}, g.pad_top, g.pad_left,
+        input_({input.const_data_ptr<scalar_t>(), g.C, g.H, g.W, last}, g.pad_top, g.pad_left,
                tiles_w()),
         last_(last),
-        grads_{grad_output.const_data_ptr<float>(), g.O, g.OH, g.OW, last},
+        grads_{grad_output.const_data_ptr<scalar_t>(), g.O, g.OH, g.OW, last},
         grad_(grads_, 0, 0, tiles_w()),
         tasks_(g, ceil_div(g.N, cut_.images) * strips_, kPositions * g.O * channels()),
         sums_(at::empty({tasks_.chunks(), g.groups, kPositions * outputs() * channels()},
-                        grad_output.options())),
+                        grad_output.options().dtype(at::kFloat))),
         sum_data_(sums_.mutable_data_ptr<float>()) {}
 
   bool run(float* result, bool last) const {
     const int64_t most = cut_.images * cut_.rows * tiles_w();
     const int64_t width = std::min(kBlock, outputs());
-    const int64_t strip = input_.strip_size(cut_.rows, channels());
+    const int64_t strip = std::max(input_.strip_size(cut_.rows, channels()),
+                                   std::max(grad_.strip_size(cut_.rows, width), 2 * g_.OW));
     tasks_.fill([&](const auto& each) {
       Scratch scratch(Scratch::size<float>(strip) +
                       Scratch::size<float>(std::max(channels(), width)) +
@@ -101,7 +106,7 @@ class WeightGradient {
         read(grad_, DLOPS_SIMD(transform_grad, float), images, rows, {o0, o0 + width}, count, space,
              space.grads);
       } else {
-        read_rows(images, rows, {o0, o0 + width}, count, space.grads);
+        read_rows(images, rows, {o0, o0 + width}, count, space);
       }
       for (int64_t position = 0; position < kPositions; ++position) {
         const Factors<float> factors{space.grads + position * position_step(count * width),
@@ -116,7 +121,7 @@ class WeightGradient {
   }
 
   template <int64_t size, class Transform>
-  static void read(const Tiles<size>& tiles, const Transform& transform, Interval images,
+  static void read(const Tiles<size, scalar_t>& tiles, const Transform& transform, Interval images,
                    Interval rows, Interval channels, int64_t count, const Space& space, float* to) {
     const int64_t step = position_step(count * length(channels));
     for (int64_t n = images.begin; n < images.end; ++n) {
@@ -128,17 +133,28 @@ class WeightGradient {
   }
 
   // The gradients of planes, a channel after the other: a product may have them as its rows.
-  void read_rows(Interval images, Interval rows, Interval outputs, int64_t count, float* to) const {
+  void read_rows(Interval images, Interval rows, Interval outputs, int64_t count,
+                 const Space& space) const {
     const auto transform = DLOPS_SIMD(transform_grad_rows, float);
     const int64_t step = position_step(count * length(outputs));
+    float* to = space.grads;
     for (int64_t n = images.begin; n < images.end; ++n, to += length(rows) * tiles_w()) {
       for (int64_t o = outputs.begin; o < outputs.end; ++o) {
         float* tiles = to + (o - outputs.begin) * count;
         for (int64_t y = rows.begin; y < rows.end; ++y, tiles += tiles_w()) {
-          const float* const row = grads_.at(n, o, 2 * y, 0);
-          transform(row, 2 * y + 1 < g_.OH ? row + g_.OW : nullptr, g_.OW, tiles, step);
+          const int64_t some = std::min<int64_t>(2, g_.OH - 2 * y);
+          const float* const row = row_pair(grads_.at(n, o, 2 * y, 0), some, space.strip);
+          transform(row, some == 2 ? row + g_.OW : nullptr, g_.OW, tiles, step);
         }
       }
+    }
+  }
+  const float* row_pair(const scalar_t* rows, int64_t count, float* space) const {
+    if constexpr (std::is_same_v<scalar_t, float>) {
+      return rows;
+    } else {
+      DLOPS_SIMD(convert_row, scalar_t, float)(rows, space, count * g_.OW);
+      return space;
     }
   }
 
@@ -172,10 +188,10 @@ class WeightGradient {
   const Conv2dGeometry& g_;
   const TileCut cut_;
   const int64_t strips_;
-  const Tiles<4> input_;
+  const Tiles<4, scalar_t> input_;
   const bool last_;  // channels_last
-  const ImageView<float> grads_;
-  const Tiles<2> grad_;
+  const ImageView<scalar_t> grads_;
+  const Tiles<2, scalar_t> grad_;
   const WeightTasks tasks_;
   const at::Tensor sums_;
   float* const sum_data_;
@@ -187,8 +203,17 @@ bool winograd_grad_weight(const Conv2dGeometry& g, const at::Tensor& grad_output
                           const at::Tensor& input, const at::Tensor& grad_weight,
                           at::MemoryFormat format) {
   const bool last = format == at::MemoryFormat::ChannelsLast;
-  return WeightGradient(g, grad_output, input, last)
-      .run(grad_weight.mutable_data_ptr<float>(), last);
+  const bool rounds = grad_weight.scalar_type() != at::kFloat;
+  const at::Tensor result =
+      rounds ? at::empty_like(grad_weight, grad_weight.options().dtype(at::kFloat)) : grad_weight;
+  const bool finite =
+      AT_DISPATCH_V2(input.scalar_type(), "conv2d_grad_weight_winograd", AT_WRAP([&] {
+                       return WeightGradient<scalar_t>(g, grad_output, input, last)
+                           .run(result.mutable_data_ptr<float>(), last);
+                     }),
+                     at::kFloat, at::kHalf, at::kBFloat16);
+  if (finite && rounds) grad_weight.copy_(result);
+  return finite;
 }
 
 }  // namespace dlops::cpu

@@ -8,11 +8,17 @@
 #include <c10/util/complex.h>
 
 #include <algorithm>
+#include <optional>
 #include <type_traits>
 
 #include "cpu/capability.h"
+#include "cpu/environment.h"
 #include "cpu/matmul_tiles.h"
 #include "cpu/simd/matmul.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 // Whether products of pairs are built.
 #if defined(__x86_64__) && (!defined(DLOPS_ONLY_CAPABILITY) || DLOPS_ONLY_CAPABILITY == 2)
@@ -53,14 +59,47 @@ void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, con
   }
 }
 
-bool multiplies_bfloat16() {
-  if (takes_tiles()) return true;
+namespace {
+
+bool has_pairs() {
 #if defined(__x86_64__)
-  static const bool has_instructions = __builtin_cpu_supports("avx512bf16");
-  return has_instructions && capability() == kAvx512;
+  return capability() == kAvx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
+}
+
+// Intel's CPUs with AMX leave bfloat16 to it. Their vdpbf16ps, which is what is left where a
+// virtual machine hides the tiles, takes four times as long as a multiply-add of float32, for twice
+// the products. They are those with arithmetic in float16.
+bool has_slow_pairs() {
+#if defined(__x86_64__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kFloat16 = 1U << 23;
+  return __builtin_cpu_is("intel") && __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 &&
+         (d & kFloat16) != 0;
+#else
+  return false;
+#endif
+}
+
+bool find_pairs() {
+  const bool wanted = switch_of("DLOPS_CPU_AVX512_BF16",
+                                "unset (where it is faster than float32), 0 (never) or 1 (always)")
+                          .value_or(has_pairs() && !has_slow_pairs());
+  TORCH_CHECK(has_pairs() || !wanted,
+              "DLOPS_CPU_AVX512_BF16=1 needs a CPU with AVX512_BF16 (avx512_bf16 in "
+              "/proc/cpuinfo) and torch's AVX512 kernels; this process runs the ",
+              capability_name(capability()), " ones");
+  return wanted;
+}
+
+}  // namespace
+
+bool multiplies_bfloat16() {
+  if (takes_tiles()) return true;
+  static const bool by_pairs = find_pairs();
+  return by_pairs;
 }
 
 template <class T, class sum_t>

@@ -19,7 +19,8 @@ template <class scalar_t>
 void matmul(int64_t m, int64_t n, int64_t k, const scalar_t* a, int64_t lda, const scalar_t* b,
             int64_t ldb, scalar_t* c, int64_t ldc, bool accumulate, const scalar_t* bias = nullptr);
 
-// Whether the machine multiplies bfloat16 numbers, with sums in float32.
+// Whether bfloat16 numbers are multiplied as they are, with sums in float32: by AMX, or by
+// AVX512_BF16 where that is faster than float32, or DLOPS_CPU_AVX512_BF16=1 asks for it.
 bool multiplies_bfloat16();
 // Whether it also rounds them as they are stored: matmul_rounded is there.
 bool rounds_products();
@@ -27,8 +28,8 @@ bool rounds_products();
 // Elements that the next product may read after the last one of B.
 constexpr int64_t kPadding = 64;
 
-// C = before + the sum of A B over `count` factors. T is double, float, or on machines that
-// multiply bfloat16 that: then k is even, A's step is 1, and the rows of B stand in pairs, element
+// C = before + the sum of A B over `count` factors. T is double, float, or where that is multiplied
+// bfloat16: then k is even, A's step is 1, and the rows of B stand in pairs, element
 // (i, j) at b[i / 2][j][i % 2], the pairs `ldb` pairs of numbers apart. A part of B that begins at
 // an even row i begins at b + i * ldb, as in a row-major matrix.
 template <class T, class sum_t>

@@ -2,10 +2,10 @@
 #include <ATen/cpu/Utils.h>
 #include <c10/util/Exception.h>
 
-#include <cstdlib>
-#include <string_view>
+#include <optional>
 
 #include "cpu/capability.h"
+#include "cpu/environment.h"
 #include "cpu/matmul_tiles.h"
 
 #if defined(__x86_64__)
@@ -32,20 +32,16 @@ bool has_tiles() {
 enum class Tiles { none, of_bfloat16, of_float32_too };
 
 Tiles find_tiles() {
-  const char* const asked = std::getenv("DLOPS_CPU_AMX");
-  if (asked == nullptr) {
+  const std::optional<bool> asked = switch_of(
+      "DLOPS_CPU_AMX", "unset (bfloat16 alone), 0 (nothing) or 1 (float32 at 'high' too)");
+  if (!asked.has_value()) {
 #if defined(DLOPS_PLAYED_TILES)
     return Tiles::none;
 #else
     return capability() == kAvx512 && has_tiles() ? Tiles::of_bfloat16 : Tiles::none;
 #endif
   }
-  const std::string_view value = asked;
-  TORCH_CHECK_VALUE(value == "0" || value == "1",
-                    "DLOPS_CPU_AMX must be unset (bfloat16 alone), 0 (nothing) or 1 (float32 at "
-                    "'high' too), got ",
-                    value);
-  if (value == "0") return Tiles::none;
+  if (!*asked) return Tiles::none;
   TORCH_CHECK(has_tiles(),
               "DLOPS_CPU_AMX=1 needs a CPU with AMX for bfloat16 (amx_tile and "
               "amx_bf16 in /proc/cpuinfo), on Linux 5.16 or later; this machine offers none");

@@ -12,6 +12,7 @@ namespace dlops::cpu {
 namespace {
 
 constexpr int kPixels = 4, kSlides = 8;
+constexpr int64_t kRows = 4;  // of a kernel, that a row of the gradient meets at a time
 
 // P destinations of one run at V vectors of channels, the last of which holds `tail` of them.
 template <int P, int V, class scalar_t, class T>
@@ -187,13 +188,14 @@ void correlate_row(const scalar_t* grad, const scalar_t* input, int64_t ow0, int
     for (int v = 0; v < V; ++v) sum[s][v].store(sums + (s * V + v) * L);
 }
 
-// The kernel columns [s, s + B) of kernel row r, over a whole image.
+// The kernel columns [s, s + B) of a few kernel rows, over a whole image: rows of both images are
+// in the first-level cache when the next kernel row meets them.
 template <int B, int V, class scalar_t>
-void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const scalar_t* grad,
+void correlate_cells(const Conv2dGeometry& g, Interval rows, int64_t s, const scalar_t* grad,
                      const scalar_t* input, int64_t tail, double* sums) {
   using T = at::opmath_type<scalar_t>;
   constexpr int64_t L = Vec<T>::size();
-  T partial[B * V * L] = {};
+  T partial[kRows][B * V * L] = {};
   Interval inside[B], common{0, g.OW};
   for (int b = 0; b < B; ++b) {
     inside[b] = inside_columns(g, s + b);
@@ -201,40 +203,46 @@ void correlate_cells(const Conv2dGeometry& g, int64_t r, int64_t s, const scalar
   }
   if (common.begin > common.end) common = {g.OW, g.OW};
   const int64_t input_step = g.stride_w * g.C, cell_step = g.dilation_w * g.C;
-  for (int64_t oh = 0; oh < g.OH; ++oh) {
-    const int64_t ih = g.input_row(oh, r);
-    if (!g.row_inside(ih)) continue;
-    const scalar_t* from = grad + oh * g.OW * g.C;
-    const scalar_t* with = input + (ih * g.W + g.input_col(0, s)) * g.C;
+  const auto correlate_rows = [&](const scalar_t* from, const scalar_t* with, T* sum) {
     if (B > 1 && input_step == cell_step) {
       correlate_row<B, V, (B > 1)>(from, with, common.begin, common.end, input_step, cell_step, g.C,
-                                   tail, partial);
+                                   tail, sum);
     } else {
       correlate_row<B, V, false>(from, with, common.begin, common.end, input_step, cell_step, g.C,
-                                 tail, partial);
+                                 tail, sum);
     }
-    for (int b = 0; b < B; ++b) {
-      const scalar_t* cell = with + b * cell_step;
-      T* sum = partial + b * V * L;
-      correlate_row<1, V, false>(from, cell, inside[b].begin, std::min(inside[b].end, common.begin),
+    for (int b = 0; b < B; ++b, with += cell_step, sum += V * L) {
+      correlate_row<1, V, false>(from, with, inside[b].begin, std::min(inside[b].end, common.begin),
                                  input_step, cell_step, g.C, tail, sum);
-      correlate_row<1, V, false>(from, cell, std::max(inside[b].begin, common.end), inside[b].end,
+      correlate_row<1, V, false>(from, with, std::max(inside[b].begin, common.end), inside[b].end,
                                  input_step, cell_step, g.C, tail, sum);
+    }
+  };
+  for (int64_t oh = 0; oh < g.OH; ++oh) {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t ih = g.input_row(oh, r);
+      if (!g.row_inside(ih)) continue;
+      correlate_rows(grad + oh * g.OW * g.C, input + (ih * g.W + g.input_col(0, s)) * g.C,
+                     partial[r - rows.begin]);
     }
   }
-  for (int b = 0; b < B; ++b) {
-    for (int64_t i = 0; i < (V - 1) * L + tail; ++i)
-      sums[((r * g.S + s + b) * g.C) + i] += static_cast<double>(partial[b * V * L + i]);
+  for (int64_t r = rows.begin; r < rows.end; ++r) {
+    for (int b = 0; b < B; ++b) {
+      for (int64_t i = 0; i < (V - 1) * L + tail; ++i)
+        sums[(r * g.S + s + b) * g.C + i] +=
+            static_cast<double>(partial[r - rows.begin][b * V * L + i]);
+    }
   }
 }
 
 template <int V, class scalar_t>
 void correlate_vectors(const Conv2dGeometry& g, const scalar_t* grad, const scalar_t* input,
                        int64_t tail, double* sums) {
-  for (int64_t r = 0; r < g.R; ++r) {
+  for (int64_t r = 0; r < g.R; r += kRows) {
+    const Interval rows{r, std::min(g.R, r + kRows)};
     int64_t s = 0;
-    for (; s + 3 <= g.S; s += 3) correlate_cells<3, V>(g, r, s, grad, input, tail, sums);
-    for (; s < g.S; ++s) correlate_cells<1, V>(g, r, s, grad, input, tail, sums);
+    for (; s + 3 <= g.S; s += 3) correlate_cells<3, V>(g, rows, s, grad, input, tail, sums);
+    for (; s < g.S; ++s) correlate_cells<1, V>(g, rows, s, grad, input, tail, sums);
   }
 }
 
