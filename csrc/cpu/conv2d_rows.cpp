@@ -20,8 +20,9 @@ namespace {
 
 // Elements of a strip, which then leaves a first-level cache room for the weights.
 constexpr int64_t kStrip = 4 * 1024;
-// Elements of results that are turned round together.
-constexpr int64_t kTile = 8 * 1024;
+// Elements of results that are turned round together: while one tile is stored, the next one's
+// products begin.
+constexpr int64_t kTile = 4 * 1024;
 // Lanes of a vector at most; of those that a row takes, so many of 16 must be filled.
 constexpr int64_t kLanes = 16, kFilled = 12;
 
@@ -97,6 +98,15 @@ void forward_by_pixels(const Conv2dGeometry& g, const T* input, const T* weights
   });
 }
 
+// Asks for the places of a row of outputs in all channels, while its product is worked out: they
+// are so many and so short that no machine foresees them.
+template <class T>
+void prefetch_row(const Conv2dGeometry& g, T* first) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t o = 0; o < g.outputs_per_group(); ++o, first += g.OH * g.OW)
+    for (int64_t x = 0; x < g.OW; x += kLine) __builtin_prefetch(first + x, /*for writing*/ 1);
+}
+
 // The same of pixels, one below the other, and the weight turned round; so are the results, some
 // rows at a time.
 template <class T>
@@ -111,26 +121,28 @@ void forward_by_channels(const Conv2dGeometry& g, const T* input, const T* weigh
   const auto turned = std::make_unique_for_overwrite<T[]>(g.groups * K * Og + kPadding);
   for (int64_t group = 0; group < g.groups; ++group)
     turn(weights + group * Og * K, K, Og, K, turned.get() + group * K * Og, Og);
-  for_each_strip(
-      g, layout, rows, input, together * row,
-      [&](int64_t part, Interval ys, const T* strip, T* tile) {
-        const int64_t group = part % g.groups;
-        const T* weight = turned.get() + group * K * Og;
-        Addend<T> bias;
-        if (biases != nullptr) bias.data = biases + group * Og;
-        std::vector<Factors<T>> factors = factors_of<T>(g, layout, [&](int64_t w, int64_t pixels) {
-          return Factors<T>{strip + pixels, weight + w * Og};
-        });
-        for (int64_t y = ys.begin, count; y < ys.end; y += count) {
-          count = std::min(together, ys.end - y);
-          for (int64_t i = 0; i < count; ++i) {
-            product(g.OW, Og, g.S, factors.data(), static_cast<int64_t>(factors.size()), strides,
-                    tile + i * row, Og, bias, nullptr);
-            for (Factors<T>& factor : factors) factor.a += g.stride_h * layout.row;
-          }
-          turn(tile, Og, count * g.OW, Og, output + (part * Og * g.OH + y) * g.OW, g.OH * g.OW);
-        }
-      });
+  for_each_strip(g, layout, rows, input, together * row,
+                 [&](int64_t part, Interval ys, const T* strip, T* tile) {
+                   const int64_t group = part % g.groups;
+                   const T* weight = turned.get() + group * K * Og;
+                   Addend<T> bias;
+                   if (biases != nullptr) bias.data = biases + group * Og;
+                   std::vector<Factors<T>> factors =
+                       factors_of<T>(g, layout, [&](int64_t w, int64_t pixels) {
+                         return Factors<T>{strip + pixels, weight + w * Og};
+                       });
+                   for (int64_t y = ys.begin, count; y < ys.end; y += count) {
+                     count = std::min(together, ys.end - y);
+                     T* const to = output + (part * Og * g.OH + y) * g.OW;
+                     for (int64_t i = 0; i < count; ++i) {
+                       prefetch_row(g, to + i * g.OW);
+                       product(g.OW, Og, g.S, factors.data(), static_cast<int64_t>(factors.size()),
+                               strides, tile + i * row, Og, bias, nullptr);
+                       for (Factors<T>& factor : factors) factor.a += g.stride_h * layout.row;
+                     }
+                     turn(tile, Og, count * g.OW, Og, to, g.OH * g.OW);
+                   }
+                 });
 }
 
 }  // namespace
