@@ -62,7 +62,7 @@ pytest() { # name, arguments
 }
 
 # Without the tests of nothing but unusual values: no address and no thread depends on them.
-ops=(tests/test_conv2d.py tests/test_unfold.py tests/test_max_pool2d.py tests/test_focal_loss.py
+ops=(tests/test_conv2d.py tests/test_conv2d_winograd.py tests/test_unfold.py tests/test_max_pool2d.py tests/test_focal_loss.py
   tests/test_sigmoid_focal_loss.py -m "exact or special or layout"
   -k "not special_values and not special_logits and not extreme_logits")
 
