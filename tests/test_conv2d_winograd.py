@@ -85,7 +85,7 @@ def test_native(case: Conv2dCase, layout: str, dtype: torch.dtype) -> None:
 def test_it_is_winograd(
     case: Conv2dCase, layout: str, way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2^-24 beside 1 does not survive the transforms, as it does in the definition."""
+    """2^-24 beside 1 does not survive the transforms whole, as it does in the definition."""
     if dtype == torch.bfloat16 and not WIDENED:
         pytest.skip("bfloat16 may be multiplied as it is")
     monkeypatch.setenv("DLOPS_CPU_CONV2D", way)

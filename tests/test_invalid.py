@@ -227,6 +227,9 @@ FOCAL = [
     refused_loss("input_complex", "focal_loss", "Complex", LOGITS.to(torch.complex64), LABELS),
     refused_loss("no_classes", "target", "0", LOGITS[:, :0], LABELS),
     refused_loss("ignore", "ignore_index", "1", LOGITS, PROBABILITIES, ignore_index=1),
+    refused_loss(
+        "ignore_reserved", "ignore_index", str(-(2**63)), LOGITS, LABELS, ignore_index=-(2**63)
+    ),
     refused_loss("ignore_float", "ignore_index", "1.5", LOGITS, LABELS, ignore_index=1.5),
 ]
 

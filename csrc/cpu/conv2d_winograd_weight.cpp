@@ -46,8 +46,8 @@ class WeightGradient {
   bool run(float* result, bool last) const {
     const int64_t most = cut_.images * cut_.rows * tiles_w();
     const int64_t width = std::min(kBlock, outputs());
-    const int64_t strip = std::max(input_.strip_size(cut_.rows, channels()),
-                                   std::max(grad_.strip_size(cut_.rows, width), 2 * g_.OW));
+    const int64_t grads = last_ ? grad_.strip_size(cut_.rows, width) : 2 * g_.OW;
+    const int64_t strip = std::max(input_.strip_size(cut_.rows, channels()), grads);
     tasks_.fill([&](const auto& each) {
       Scratch scratch(Scratch::size<float>(strip) +
                       Scratch::size<float>(std::max(channels(), width)) +

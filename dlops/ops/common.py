@@ -29,7 +29,7 @@ def pair(value: int | Sequence[int], name: str, op: str, single: bool = True) ->
     if isinstance(value, (list, tuple)):
         if not all(is_int(entry) and fits(entry) for entry in value):
             if all(is_int(entry) and (fits(entry) or reserved(entry)) for entry in value):
-                raise RuntimeError(f"{op}: {name} must not be negative, got {tuple(value)}")
+                raise RuntimeError(f"{op}: {name} must be at least -2^62, got {tuple(value)}")
             raise TypeError(f"{op}: {name} must be ints of 64 bits, got {tuple(value)}")
         if len(value) == 1 and single:
             return [value[0], value[0]]
@@ -66,7 +66,7 @@ def check_int(value: Any, name: str, op: str) -> int:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if not fits(value):
         if reserved(value):
-            raise RuntimeError(f"{op}: {name} must not be negative, got {value}")
+            raise RuntimeError(f"{op}: {name} must be at least -2^62, got {value}")
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
     return value
 

@@ -3,9 +3,9 @@
     DLOPS_FUZZ_EXAMPLES=20000 python -m pytest tests/fuzz
 
 runs more examples of each op than the 500 of the default suite, and others in every run. 500 and
-fewer, as the default suite and the sanitizers run, are the same in all: what a change is to pass
-must not depend on luck, and now and then native's convolution crashes in oneDNN and takes the suite
-along. A failure prints the call.
+fewer, as the default suite and the sanitizers run, are the same in all: a suite must not depend on
+luck, and now and then native's convolution crashes in oneDNN and takes the suite along. A failure
+prints the call.
 """
 
 from __future__ import annotations
