@@ -137,6 +137,12 @@ def window_in_padding(op: str, call: Call) -> bool:
     return window is not None and any(axis.window_in_padding(ceil_mode) for axis in window)
 
 
+def convolves_padding_in_float16(op: str, call: Call) -> bool:
+    window = axes(op, call) if op == "conv2d" else None
+    half = any(spec is not None and spec.dtype == torch.float16 for spec in call.specs.values())
+    return half and window is not None and any(axis.window_in_padding(False) for axis in window)
+
+
 def no_channels(op: str, call: Call) -> bool:
     spec = call.specs.get("input")
     return op == "conv2d" and spec is not None and len(spec.shape) > 2 and spec.shape[-3] == 0
@@ -173,6 +179,10 @@ NATIVE_FAULTS = [
     Known("native's sizes wrap at 2^63: it goes on with what is left", wraps, True),
     Known("native counts windows in 32 bits", past_32_bits),
     Known("native max_pool2d writes out of range for a window of padding alone", window_in_padding),
+    Known(
+        "oneDNN's float16 convolution crashes where windows see padding alone",
+        convolves_padding_in_float16,
+    ),
     Known("native conv2d without input channels gives an output without channels", no_channels),
     Known("native takes tensors on the CPU and the meta device together", mixed_devices),
     Known("the formula in native operators holds for moderate gammas", gamma_out_of_formula),
