@@ -227,9 +227,6 @@ FOCAL = [
     refused_loss("input_complex", "focal_loss", "Complex", LOGITS.to(torch.complex64), LABELS),
     refused_loss("no_classes", "target", "0", LOGITS[:, :0], LABELS),
     refused_loss("ignore", "ignore_index", "1", LOGITS, PROBABILITIES, ignore_index=1),
-    refused_loss(
-        "ignore_reserved", "ignore_index", str(-(2**63)), LOGITS, LABELS, ignore_index=-(2**63)
-    ),
     refused_loss("ignore_float", "ignore_index", "1.5", LOGITS, LABELS, ignore_index=1.5),
 ]
 
@@ -335,6 +332,7 @@ ACCEPTED: dict[str, Callable[[Any], Any]] = {
     "smoothing_1": lambda o: cross_entropy(o, label_smoothing=1.0),
     "smoothing_below_0_is_off": lambda o: cross_entropy(o, label_smoothing=-0.1),
     "ignore_a_class": lambda o: cross_entropy(o, ignore_index=1),
+    "ignore_the_least_of_64_bits": lambda o: cross_entropy(o, ignore_index=-(2**63)),
     "sigmoid_scalars": lambda o: o.sigmoid_focal_loss(LOGITS[0, 0], PROBABILITIES[0, 0]),
     "no_channels": lambda o: o.conv2d(INPUT[:, :0], WEIGHT[:, :0], BIAS),
     "no_channels_groups": lambda o: o.conv2d(INPUT[:, :0], WEIGHT[:, :0], groups=2),

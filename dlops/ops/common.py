@@ -29,7 +29,7 @@ def pair(value: int | Sequence[int], name: str, op: str, single: bool = True) ->
     if isinstance(value, (list, tuple)):
         if not all(is_int(entry) and fits(entry) for entry in value):
             if all(is_int(entry) and (fits(entry) or reserved(entry)) for entry in value):
-                raise RuntimeError(f"{op}: {name} must be at least -2^62, got {tuple(value)}")
+                raise RuntimeError(f"{op}: {name} must not be negative, got {tuple(value)}")
             raise TypeError(f"{op}: {name} must be ints of 64 bits, got {tuple(value)}")
         if len(value) == 1 and single:
             return [value[0], value[0]]
@@ -39,6 +39,8 @@ def pair(value: int | Sequence[int], name: str, op: str, single: bool = True) ->
     if not single and is_int(value) and not (fits(value) or reserved(value)):  # native's type
         raise TypeError(f"{op}: {name} must fit in 64 bits, got {value}")
     number = check_int(value, name, op)
+    if reserved(number):
+        raise RuntimeError(f"{op}: {name} must not be negative, got {value}")
     return [number, number]
 
 
@@ -52,21 +54,19 @@ def is_int(value: Any) -> TypeGuard[int]:
 
 
 def fits(value: int) -> bool:
-    """Whether a kernel can take it, as a 64-bit integer; a traced one always does."""
+    """Whether a kernel can take it in a list, as a 64-bit integer; a traced one always does."""
     return torch.compiler.is_compiling() or -(2**62) <= value < 2**63
 
 
 def reserved(value: int) -> bool:
-    """Whether torch would take the 64-bit integer for a symbolic one, and fail on that."""
+    """Whether torch takes the 64-bit integer, in a list, for a symbolic one, and fails on that."""
     return not torch.compiler.is_compiling() and -(2**63) <= value < -(2**62)
 
 
 def check_int(value: Any, name: str, op: str) -> int:
     if not is_int(value):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    if not fits(value):
-        if reserved(value):
-            raise RuntimeError(f"{op}: {name} must be at least -2^62, got {value}")
+    if not (fits(value) or reserved(value)):
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
     return value
 
