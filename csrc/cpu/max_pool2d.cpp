@@ -21,10 +21,11 @@ namespace {
 bool channels_last(at::MemoryFormat format) { return format == at::MemoryFormat::ChannelsLast; }
 
 // Calls f(first part, parts, row0, row1) in parallel: for all rows of several parts, or for a run
-// of rows of one.
+// of rows of one where there are too few parts to share out.
 template <class F>
 void parallel_planes(int64_t parts, int64_t rows, int64_t visits_per_row, const F& f) {
-  const int64_t run = parts >= 64 ? rows : std::min<int64_t>(rows, 16);
+  const bool many = parts >= std::min(64, 8 * at::get_num_threads());
+  const int64_t run = many ? rows : std::min<int64_t>(rows, 16);
   const int64_t runs = ceil_div(rows, run);
   const int64_t each = grain(run * visits_per_row, kVisitsPerThread);
   at::parallel_for(0, parts * runs, each, [&](int64_t begin, int64_t end) {

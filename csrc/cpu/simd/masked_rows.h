@@ -71,9 +71,8 @@ class Columns {
       return load_inside<value_t>(from, inside_[i], other);
     }
   }
-  // Which cells of vector `i` are `id`: as bytes, which are masks at once.
-  C10_ALWAYS_INLINE __mmask16 equal(int64_t i, const uint8_t* cells, uint8_t id) const {
-    const __m128i ids = _mm_set1_epi8(static_cast<char>(id));
+  // Which cells of vector `i` are `ids`: as bytes, which are masks at once.
+  C10_ALWAYS_INLINE __mmask16 equal(int64_t i, const uint8_t* cells, __m128i ids) const {
     if constexpr (inside && lanes == 16) {
       return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells)), ids);
     } else {
@@ -85,15 +84,6 @@ class Columns {
  private:
   uint16_t inside_[inside ? 1 : most];
 };
-
-// Calls f(first plane, how many, the kernel's width or 0), these two as constants, for all planes.
-template <class F>
-void for_each_pair(const Pool2dGeometry& g, int64_t planes, const F& f) {
-  int64_t p = 0;
-  for (; p + 2 <= planes; p += 2)
-    g.kernel_w == 3 ? f(p, Constant<2>(), Constant<3>()) : f(p, Constant<2>(), Constant<0>());
-  if (p < planes) f(p, Constant<1>(), Constant<0>());
-}
 
 }  // namespace
 }  // namespace dlops::cpu

@@ -8,7 +8,9 @@
 
 #include "cpu/simd/lanes.h"
 #if DLOPS_CAPABILITY == 2
+#include "cpu/simd/max_pool2d_last_masked.h"
 #include "cpu/simd/max_pool2d_masked.h"
+#include "cpu/simd/max_pool2d_scatter_last_masked.h"
 #include "cpu/simd/max_pool2d_scatter_masked.h"
 #endif
 #include "cpu/simd/phased_rows.h"
@@ -29,9 +31,8 @@ constexpr int64_t kBlocks = 4;
 template <int64_t lanes, class F>
 void for_each_block(int64_t count, const F& f) {
   int64_t at = 0;
-  for (; at + kBlocks * lanes <= count; at += kBlocks * lanes)
-    f(at, std::integral_constant<int64_t, kBlocks>());
-  for (; at < count; at += lanes) f(at, std::integral_constant<int64_t, 1>());
+  for (; at + kBlocks * lanes <= count; at += kBlocks * lanes) f(at, Constant<kBlocks>());
+  for (; at < count; at += lanes) f(at, Constant<1>());
 }
 
 // Working memory of the contiguous forward, cut from one buffer: the best of the last few input
@@ -201,18 +202,6 @@ void sum_phased_row(const Pool2dGeometry& g, const PhasedRows& phased,
 template <int64_t lanes, int64_t blocks, class scalar_t, class cell_t, class value_t, class id_t>
 C10_ALWAYS_INLINE void add_chosen(const scalar_t* grad, const cell_t* cells, id_t id, int64_t count,
                                   Vector<value_t, lanes>* sum) {
-#if DLOPS_CAPABILITY == 2
-  if constexpr (blocks * lanes == 64 && sizeof(cell_t) == 1) {
-    // All cells are compared as bytes, and are masks at once.
-    const __mmask64 mine =
-        _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(cells), _mm512_set1_epi8(static_cast<char>(id)));
-    for (int64_t b = 0; b < blocks; ++b) {
-      const __m512 here = load<value_t, lanes>(grad + b * lanes), before = sum[b];
-      sum[b] = _mm512_mask_add_ps(before, static_cast<__mmask16>(mine >> b * lanes), before, here);
-    }
-    return;
-  }
-#endif
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t left = blocks > 1 ? lanes : count;
     const auto here = load_part<value_t, lanes>(grad + b * lanes, left);
@@ -292,6 +281,10 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t planes, int64_t ih
 template <int capability, class scalar_t, class cell_t>
 void max_pool2d_rows_last(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const scalar_t* input,
                           scalar_t* output, cell_t* cells) {
+#if DLOPS_CAPABILITY == 2
+  if constexpr (std::is_same_v<cell_t, uint8_t> && !std::is_integral_v<scalar_t>)
+    return max_pool2d_last_masked(g, oh0, oh1, input, output, cells);
+#endif
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;
@@ -321,6 +314,10 @@ template <int capability, class scalar_t, class cell_t>
 void max_pool2d_scatter_rows_last(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
                                   const scalar_t* grad_output, const cell_t* cells,
                                   scalar_t* grad_input) {
+#if DLOPS_CAPABILITY == 2
+  if constexpr (std::is_same_v<cell_t, uint8_t>)
+    return max_pool2d_scatter_last_masked(g, ih0, ih1, grad_output, cells, grad_input);
+#endif
   using value_t = work_t<scalar_t, cell_t>;
   using id_t = UnsignedOf<value_t>;
   constexpr int64_t lanes = kLanes<scalar_t, cell_t>;

@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 
-#include "cpu/simd/lanes.h"
+#include "cpu/simd/byte_windows.h"
 #include "cpu/simd/masked_rows.h"
 #include "cpu/simd/pool_ranges.h"
-#include "cpu/simd/pool_windows.h"
 
 namespace dlops::cpu {
 namespace {
@@ -60,79 +58,140 @@ struct MaskedScatter {
   struct HoldingRows {
     int64_t count = 0;
     struct {
-      int64_t row, first;  // and the number of the input row's first cell there
+      const scalar_t* grads;
+      const uint8_t* cells;
+      int64_t first;  // the number of the input row's first cell there
     } of[kLargestMasked];
 
-    HoldingRows(const Pool2dGeometry& g, int64_t ih) {
-      for (Holders rows = rows_holding(g, ih); rows.valid(); rows.next())
-        of[count++] = {rows.output(), g.cell_number(rows.offset(), 0)};
+    HoldingRows(const Pool2dGeometry& g, int64_t ih, const scalar_t* grad_output,
+                const uint8_t* chosen) {
+      for (Holders rows = rows_holding(g, ih); rows.valid(); rows.next()) {
+        const int64_t at = rows.output() * g.OW;
+        of[count++] = {grad_output + at, chosen + at, g.cell_number(rows.offset(), 0)};
+      }
     }
   };
 
-  // The gradients of a block's inputs in some planes.
-  template <int64_t planes>
-  struct Sums {
-    Values of[planes][stride];
-  };
-  template <int64_t planes, int64_t width, class Columns>
-  C10_ALWAYS_INLINE static Sums<planes> sum_block(const Pool2dGeometry& g,
-                                                  const HoldingRows& holding, int64_t iw,
-                                                  const Columns& columns,
-                                                  const scalar_t* grad_output,
-                                                  const uint8_t* chosen) {
-    Sums<planes> sums = {};
-    for (int64_t r = 0; r < holding.count; ++r) {
-      const scalar_t* grads = grad_output + holding.of[r].row * g.OW;
-      const uint8_t* cells = chosen + holding.of[r].row * g.OW;
+  // The gradients of one block's inputs, from `count` rows: 0 for any number.
+  template <int64_t count, int64_t width, class Columns>
+  C10_ALWAYS_INLINE static void sum_block(const Pool2dGeometry& g, const HoldingRows& holding,
+                                          int64_t iw, const Columns& columns, Values* sums) {
+    const auto add_row = [&](int64_t i) {
       unrolled<stride>([&](auto e) {
         for_each_cell(g, width > 0 ? width : g.kernel_w, iw, e, [&](int64_t j, int64_t at) {
-          const uint8_t id = static_cast<uint8_t>(holding.of[r].first + j);
-          unrolled<planes>([&](auto p) {
-            const int64_t from = p * g.OH * g.OW + at;
-            const Values grad = columns.template load<T>(j, grads + from, Values{});
-            add(grad, columns.equal(j, cells + from, id), sums.of[p][e]);
-          });
+          const __mmask16 mine =
+              columns.equal(j, holding.of[i].cells + at, byte_cells(holding.of[i].first + j));
+          add(columns.template load<T>(j, holding.of[i].grads + at, Values{}), mine, sums[e]);
         });
       });
+    };
+    if constexpr (count > 0) {
+      unrolled<count>(add_row);
+    } else {
+      for (int64_t i = 0; i < holding.count; ++i) add_row(i);
     }
-    return sums;
+  }
+  template <int64_t count, int64_t width>
+  C10_ALWAYS_INLINE static void sum_row(const Pool2dGeometry& g, const HoldingRows& holding,
+                                        const Blocks& blocks, const Writer& writer,
+                                        scalar_t* grad_input) {
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      const Block& block = blocks.of[b];
+      if (holding.count > 0) {
+        const int64_t ahead = kRowsAhead * g.OW + block.iw / stride;
+        __builtin_prefetch(holding.of[0].grads + ahead);
+        __builtin_prefetch(holding.of[0].cells + ahead);
+      }
+      Values sums[stride] = {};
+      if (block.inside) {
+        sum_block<count, width>(g, holding, block.iw, block.whole, sums);
+      } else {
+        sum_block<count, width>(g, holding, block.iw, block.columns, sums);
+      }
+      write(sums, writer, grad_input + block.iw, g.W - block.iw);
+    }
   }
 
-  // Rows [ih0, ih1) of some planes.
-  template <int64_t planes, int64_t width>
+  // Rows [ih0, ih1) of a plane. `width`: of the kernel, 0 for any.
+  template <int64_t width>
   C10_NOINLINE static void run(const Pool2dGeometry& g, const Blocks& blocks, int64_t ih0,
                                int64_t ih1, const scalar_t* grad_output, const uint8_t* chosen,
                                const Writer& writer, scalar_t* grad_input) {
     for (int64_t ih = ih0; ih < ih1; ++ih) {
-      const HoldingRows holding(g, ih);
-      for (int64_t b = 0; b < blocks.count; ++b) {
-        const Block& block = blocks.of[b];
-        if (holding.count > 0) {
-          for (int64_t p = 0; p < planes; ++p) {
-            const int64_t ahead =
-                (p * g.OH + holding.of[0].row + kRowsAhead) * g.OW + block.iw / stride;
-            __builtin_prefetch(grad_output + ahead);
-            __builtin_prefetch(chosen + ahead);
-          }
-        }
-        const Sums<planes> sums =
-            block.inside
-                ? sum_block<planes, width>(g, holding, block.iw, block.whole, grad_output, chosen)
-                : sum_block<planes, width>(g, holding, block.iw, block.columns, grad_output,
-                                           chosen);
-        unrolled<planes>([&](auto p) {
-          write(sums.of[p], writer, grad_input + (p * g.H + ih) * g.W + block.iw, g.W - block.iw);
-        });
+      const HoldingRows holding(g, ih, grad_output, chosen);
+      if (holding.count == 3 && width > 0) {
+        sum_row<3, width>(g, holding, blocks, writer, grad_input + ih * g.W);
+      } else {
+        sum_row<0, width>(g, holding, blocks, writer, grad_input + ih * g.W);
       }
     }
   }
 
-  // sum += grad in the lanes of `mine`.
-  C10_ALWAYS_INLINE static void add(Values grad, __mmask16 mine, Values& sum) {
-    if constexpr (std::is_same_v<T, double>) {
-      sum = _mm512_mask_add_pd(sum, static_cast<__mmask8>(mine), sum, grad);
+  // Windows of three columns around each input: what one vector of outputs gives to the inputs on
+  // their left, to their own and to those on their right. Each is read once, where it is.
+  struct Around {
+    Values of[3] = {};
+  };
+  template <int64_t count, class Columns>
+  C10_ALWAYS_INLINE static Around sum_around(const HoldingRows& holding, int64_t at,
+                                             const Columns& columns) {
+    Around sums;
+    const auto add_row = [&](int64_t i) {
+      const auto& row = holding.of[i];
+      const Values grad = columns.template load<T>(0, row.grads + at, Values{});
+      unrolled<3>([&](auto j) {
+        add(grad, columns.equal(0, row.cells + at, byte_cells(row.first + j)), sums.of[j]);
+      });
+    };
+    if constexpr (count > 0) {
+      unrolled<count>(add_row);
     } else {
-      sum = _mm512_mask_add_ps(sum, mine, sum, grad);
+      for (int64_t i = 0; i < holding.count; ++i) add_row(i);
+    }
+    return sums;
+  }
+  template <int64_t count>
+  C10_ALWAYS_INLINE static void sum_row_around(const Pool2dGeometry& g, const HoldingRows& holding,
+                                               const Writer& writer, scalar_t* grad_input) {
+    Values from_left = {};  // what the outputs before `here` give to the inputs on their right
+    Around here;
+    int64_t at = 0;
+    const auto write_before = [&](const Around& next) {
+      const Values right = shuffled<T, lanes>(
+          here.of[0], next.of[0], [](size_t l) constexpr { return l + 1; });
+      const Values left = shuffled<T, lanes>(
+          from_left, here.of[2], [](size_t l) constexpr { return l + lanes - 1; });
+      if (at > 0)
+        writer.store<lanes>(right + here.of[1] + left, grad_input + at - lanes, g.W - at + lanes);
+      from_left = here.of[2];
+      here = next;
+    };
+    const int64_t ahead = kRowsAhead * g.W;
+    for (; at + lanes <= g.W; at += lanes) {
+      if (holding.count > 0) {
+        __builtin_prefetch(holding.of[0].grads + ahead + at);
+        __builtin_prefetch(holding.of[0].cells + ahead + at);
+      }
+      write_before(sum_around<count>(holding, at, Columns<true, scalar_t, 0>()));
+    }
+    if (at < g.W) {
+      Columns<false, scalar_t, 1> columns;
+      columns.place(0, at, g.W);
+      write_before(sum_around<count>(holding, at, columns));
+      at += lanes;
+    }
+    write_before({});
+  }
+  C10_NOINLINE static void run_around(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
+                                      const scalar_t* grad_output, const uint8_t* chosen,
+                                      const Writer& writer, scalar_t* grad_input) {
+    for (int64_t ih = ih0; ih < ih1; ++ih) {
+      const HoldingRows holding(g, ih, grad_output, chosen);
+      if (holding.count == 3) {
+        sum_row_around<3>(g, holding, writer, grad_input + ih * g.W);
+      } else {
+        sum_row_around<0>(g, holding, writer, grad_input + ih * g.W);
+      }
     }
   }
 
@@ -154,13 +213,24 @@ void max_pool2d_scatter_masked(const Pool2dGeometry& g, int64_t planes, int64_t 
                                scalar_t* grad_input) {
   using Scatter = MaskedScatter<stride, scalar_t>;
   const Writer writer(g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(scalar_t)));
+  if constexpr (stride == 1) {
+    if (g.kernel_w == 3 && g.pad_w == 1) {
+      for (int64_t p = 0; p < planes; ++p) {
+        const int64_t plane = p * g.OH * g.OW;
+        Scatter::run_around(g, ih0, ih1, grad_output + plane, cells + plane, writer,
+                            grad_input + p * g.H * g.W);
+      }
+      return;
+    }
+  }
   for (int64_t iw = 0; iw < g.W; iw += Scatter::kBlocks * Scatter::lanes * stride) {
     const typename Scatter::Blocks blocks(g, iw);
-    for_each_pair(g, planes, [&](int64_t p, auto some, auto width) {
+    const auto run = g.kernel_w == 3 ? Scatter::template run<3> : Scatter::template run<0>;
+    for (int64_t p = 0; p < planes; ++p) {
       const int64_t plane = p * g.OH * g.OW;
-      Scatter::template run<some, width>(g, blocks, ih0, ih1, grad_output + plane, cells + plane,
-                                         writer, grad_input + p * g.H * g.W);
-    });
+      run(g, blocks, ih0, ih1, grad_output + plane, cells + plane, writer,
+          grad_input + p * g.H * g.W);
+    }
   }
 }
 
