@@ -29,7 +29,7 @@ class TurnedPlanes {
   // Up to which width they take less time than rows was measured with windows of 2x2 to 5x5, on
   // every capability. Rows share what overlapping windows have in common, which larger ones win by.
   bool serve() const {
-    const int64_t widest = kWidest * (side_by_side(g_) ? 4 : 5) / 8;
+    const int64_t widest = kWidest * (side_by_side(g_) ? 4 : 6) / 8;
     return g_.N * g_.C >= kLeast && g_.OW <= widest && inputs_ <= kLargest &&
            g_.cells() <= kLargestWindow;
   }

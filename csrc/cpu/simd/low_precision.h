@@ -24,7 +24,11 @@ constexpr bool is_low = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c1
 template <class low_t, int64_t lanes>
 Vector<float, lanes> floats_of(Vector<uint16_t, lanes> bits) {
   if constexpr (std::is_same_v<low_t, c10::BFloat16>) {
-    // The upper half of a float32's.
+    // The upper half of a float32's. GCC 12 would widen 16 lanes by halves.
+#if DLOPS_CAPABILITY == 2
+    if constexpr (lanes == 16)
+      return as<Vector<float, 16>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(as<__m256i>(bits)), 16));
+#endif
     return as<Vector<float, lanes>>(__builtin_convertvector(bits, Vector<uint32_t, lanes>) << 16);
   } else {
 #if DLOPS_CAPABILITY >= 1

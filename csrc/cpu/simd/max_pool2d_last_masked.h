@@ -24,23 +24,26 @@ struct MaskedLastWindows {
     const scalar_t* values;  // of the first one
     int64_t rows, columns, row_step, column_step, first, step;
   };
-  // The windows of one pixel, of so many columns: 0 for any number.
+  // The windows of one pixel, of so many columns: 0 for any number. From row `fresh` on values are
+  // looked at for NaN; returns the lanes that have any.
   template <int64_t columns, bool nans>
-  C10_ALWAYS_INLINE static void windows_at(const Cells& in, int64_t channels, scalar_t* output,
-                                           uint8_t* cells) {
+  C10_ALWAYS_INLINE static __mmask16 windows_at(const Cells& in, int64_t fresh, int64_t channels,
+                                                scalar_t* output, uint8_t* cells) {
+    __mmask16 nan = 0;
     for_each_channel_block<lanes>(channels, [&](int64_t c, auto blocks, int64_t count) {
       ByteWindows<T, nans, numbered> windows[blocks];
       unrolled<blocks>([&](auto b) {
         windows[b] = {fill<T, lanes>(lowest<T>()), byte_cells(in.first)};
       });
-      const scalar_t* row = in.values + c;
-      for (int64_t i = 0; i < in.rows; ++i, row += in.row_step) {
-        const scalar_t* from = row;
+      const auto visit_row = [&](int64_t i, auto looks) {
+        const scalar_t* from = in.values + i * in.row_step + c;
         // Counted in a register: made of a number, it would be made anew for each vector.
         __m128i id = byte_cells(in.first + i * in.step);
         const auto visit = [&] {
           unrolled<blocks>([&](auto b) {
-            windows[b].visit(load_block<T, lanes, blocks>(from, b, count), id);
+            const Values values = load_block<T, lanes, blocks>(from, b, count);
+            windows[b].visit(values, id);
+            if (looks) nan |= unordered(values, values);
           });
           from += in.column_step;
           id = _mm_add_epi8(id, byte_cells(1));
@@ -50,21 +53,28 @@ struct MaskedLastWindows {
         } else {
           for (int64_t j = 0; j < in.columns; ++j) visit();
         }
-      }
+      };
+      int64_t i = 0;
+      for (; i < std::min(fresh, in.rows); ++i) visit_row(i, std::false_type());
+      for (; i < in.rows; ++i) visit_row(i, std::bool_constant<!nans>());
       unrolled<blocks>(
           [&](auto b) { windows[b].store(output, cells, c + b * lanes, count - b * lanes); });
     });
+    return nan;
   }
 
   // GCC would leave lambdas that are called in several places alone, and keep windows in memory.
   template <bool nans>
-  __attribute__((flatten)) static void row_of_windows(const Pool2dGeometry& g, int64_t oh, Range rows,
-                             const scalar_t* input, scalar_t* output, uint8_t* cells) {
+  __attribute__((flatten)) static bool row_of_windows(const Pool2dGeometry& g, int64_t oh,
+                                                      Range rows, int64_t fresh,
+                                                      const scalar_t* input, scalar_t* output,
+                                                      uint8_t* cells) {
     Cells in;
     in.rows = rows.end - rows.begin;
     in.row_step = g.dilation_h * g.W * g.C;
     in.column_step = g.dilation_w * g.C;
     in.step = g.cell_step;
+    __mmask16 nan = 0;
     for (int64_t ow = 0; ow < g.OW; ++ow) {
       const Range columns = columns_inside(g, ow);
       in.columns = columns.end - columns.begin;
@@ -73,38 +83,27 @@ struct MaskedLastWindows {
       in.first = g.cell_number(rows.begin, columns.begin);
       scalar_t* const to = output + ow * g.C;
       uint8_t* const to_cells = numbered ? cells + ow * g.C : nullptr;
-      if (in.columns == 3) {
-        windows_at<3, nans>(in, g.C, to, to_cells);
-      } else {
-        windows_at<0, nans>(in, g.C, to, to_cells);
-      }
-    }
-  }
-
-  static bool has_nan(const scalar_t* values, int64_t count) {
-    __mmask16 nan = 0;
-    int64_t i = 0;
-    for (; i + 2 * lanes <= count; i += 2 * lanes)
-      nan |= unordered(load<T, lanes>(values + i), load<T, lanes>(values + i + lanes));
-    for (; i < count; i += lanes) {
-      const Values some = load_part<T, lanes>(values + i, count - i);
-      nan |= unordered(some, some);
+      nan |= in.columns == 3 ? windows_at<3, nans>(in, fresh, g.C, to, to_cells)
+                             : windows_at<0, nans>(in, fresh, g.C, to, to_cells);
     }
     return nan != 0;
   }
 
-  // Output rows [oh0, oh1) of an image. Rows are searched for NaN before they are compared.
+  // Output rows [oh0, oh1) of an image. What a row of windows is the first to see is looked at for
+  // NaN with it; where there are any, the row is done again, and the next ones that hold these.
   static void run(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const scalar_t* input,
                   scalar_t* output, uint8_t* cells) {
-    int64_t next = 0, last_nan = -1;  // the next row to be searched, the last one that has any
+    int64_t seen = 0, nan_end = 0;  // where the rows end that were looked at, that may have NaN
     for (int64_t oh = oh0; oh < oh1; ++oh) {
       const Range rows = rows_inside(g, oh);
-      const int64_t begin = g.input_row(oh, rows.begin), end = g.input_row(oh, rows.end - 1) + 1;
-      for (next = std::max(next, begin); next < end; ++next)
-        if (has_nan(input + next * g.W * g.C, g.W * g.C)) last_nan = next;
-      const int64_t at = oh * g.OW * g.C;
-      const auto row = last_nan >= begin ? row_of_windows<true> : row_of_windows<false>;
-      row(g, oh, rows, input, output + at, numbered ? cells + at : nullptr);
+      const int64_t begin = g.input_row(oh, rows.begin);
+      const int64_t end = g.input_row(oh, rows.end - 1) + 1;
+      const int64_t fresh = g.dilation_h == 1 ? std::max<int64_t>(0, seen - begin) : 0;
+      scalar_t* const to = output + oh * g.OW * g.C;
+      uint8_t* const to_cells = numbered ? cells + oh * g.OW * g.C : nullptr;
+      if (row_of_windows<false>(g, oh, rows, fresh, input, to, to_cells)) nan_end = end;
+      if (begin < nan_end) row_of_windows<true>(g, oh, rows, 0, input, to, to_cells);
+      seen = end;
     }
   }
 };

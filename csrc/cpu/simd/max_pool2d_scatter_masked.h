@@ -39,19 +39,19 @@ struct MaskedScatter {
         // Columns from (iw - kernel_w) / stride on to (iw + pad_w) / stride + lanes.
         block.inside = iw >= g.kernel_w && iw + size + g.pad_w + stride < g.OW * stride;
         for (int64_t e = 0; e < stride; ++e)
-          for_each_cell(g, g.kernel_w, iw, e,
+          for_each_cell(g, g.kernel_w, (e + g.pad_w) % stride, iw, e,
                         [&](int64_t j, int64_t at) { block.columns.place(j, at, g.OW); });
       }
     }
   };
 
-  // Calls f(j, at) for the kernel columns j under which input column iw + l * stride + e is: that
-  // of output column at + l.
+  // Calls f(j, at) for the kernel columns j under which input column iw + l * stride + e is, from
+  // the first one on: that of output column at + l.
   template <class F>
-  C10_ALWAYS_INLINE static void for_each_cell(const Pool2dGeometry& g, int64_t kernel_w, int64_t iw,
-                                              int64_t e, const F& f) {
+  C10_ALWAYS_INLINE static void for_each_cell(const Pool2dGeometry& g, int64_t kernel_w,
+                                              int64_t first, int64_t iw, int64_t e, const F& f) {
     int64_t at = iw / stride + (e + g.pad_w) / stride;
-    for (int64_t j = (e + g.pad_w) % stride; j < kernel_w; j += stride, --at) f(j, at);
+    for (int64_t j = first; j < kernel_w; j += stride, --at) f(j, at);
   }
 
   // The output rows that hold an input row.
@@ -72,13 +72,15 @@ struct MaskedScatter {
     }
   };
 
-  // The gradients of one block's inputs, from `count` rows: 0 for any number.
-  template <int64_t count, int64_t width, class Columns>
+  // The gradients of one block's inputs, from `count` rows: 0 for any number. Of windows of `width`
+  // columns, 0 for any number; `odd`: the padding's remainder by the stride.
+  template <int64_t count, int64_t width, int64_t odd, class Columns>
   C10_ALWAYS_INLINE static void sum_block(const Pool2dGeometry& g, const HoldingRows& holding,
                                           int64_t iw, const Columns& columns, Values* sums) {
     const auto add_row = [&](int64_t i) {
       unrolled<stride>([&](auto e) {
-        for_each_cell(g, width > 0 ? width : g.kernel_w, iw, e, [&](int64_t j, int64_t at) {
+        const int64_t kernel_w = width > 0 ? width : g.kernel_w;
+        for_each_cell(g, kernel_w, (e + odd) % stride, iw, e, [&](int64_t j, int64_t at) {
           const __mmask16 mine =
               columns.equal(j, holding.of[i].cells + at, byte_cells(holding.of[i].first + j));
           add(columns.template load<T>(j, holding.of[i].grads + at, Values{}), mine, sums[e]);
@@ -91,7 +93,7 @@ struct MaskedScatter {
       for (int64_t i = 0; i < holding.count; ++i) add_row(i);
     }
   }
-  template <int64_t count, int64_t width>
+  template <int64_t count, int64_t width, int64_t odd>
   C10_ALWAYS_INLINE static void sum_row(const Pool2dGeometry& g, const HoldingRows& holding,
                                         const Blocks& blocks, const Writer& writer,
                                         scalar_t* grad_input) {
@@ -104,42 +106,48 @@ struct MaskedScatter {
       }
       Values sums[stride] = {};
       if (block.inside) {
-        sum_block<count, width>(g, holding, block.iw, block.whole, sums);
+        sum_block<count, width, odd>(g, holding, block.iw, block.whole, sums);
       } else {
-        sum_block<count, width>(g, holding, block.iw, block.columns, sums);
+        sum_block<count, width, odd>(g, holding, block.iw, block.columns, sums);
       }
       write(sums, writer, grad_input + block.iw, g.W - block.iw);
     }
   }
 
-  // Rows [ih0, ih1) of a plane. `width`: of the kernel, 0 for any.
-  template <int64_t width>
+  // Rows [ih0, ih1) of a plane.
+  template <int64_t width, int64_t odd>
   C10_NOINLINE static void run(const Pool2dGeometry& g, const Blocks& blocks, int64_t ih0,
                                int64_t ih1, const scalar_t* grad_output, const uint8_t* chosen,
                                const Writer& writer, scalar_t* grad_input) {
     for (int64_t ih = ih0; ih < ih1; ++ih) {
       const HoldingRows holding(g, ih, grad_output, chosen);
-      if (holding.count == 3 && width > 0) {
-        sum_row<3, width>(g, holding, blocks, writer, grad_input + ih * g.W);
+      const auto sum = [&](auto count) {
+        sum_row<count, width, odd>(g, holding, blocks, writer, grad_input + ih * g.W);
+      };
+      if (width > 0 && holding.count == 1) {
+        sum(Constant<1>());
+      } else if (width > 0 && holding.count == 2) {
+        sum(Constant<2>());
       } else {
-        sum_row<0, width>(g, holding, blocks, writer, grad_input + ih * g.W);
+        sum(Constant<0>());
       }
     }
   }
 
-  // Windows of three columns around each input: what one vector of outputs gives to the inputs on
-  // their left, to their own and to those on their right. Each is read once, where it is.
+  // Windows of `width` columns, as many on either side of the input under their middle: what one
+  // vector of outputs gives to the inputs under each column. Each output is read once, where it is.
+  template <int64_t width>
   struct Around {
-    Values of[3] = {};
+    Values of[width] = {};
   };
-  template <int64_t count, class Columns>
-  C10_ALWAYS_INLINE static Around sum_around(const HoldingRows& holding, int64_t at,
-                                             const Columns& columns) {
-    Around sums;
+  template <int64_t width, int64_t count, class Columns>
+  C10_ALWAYS_INLINE static Around<width> sum_around(const HoldingRows& holding, int64_t at,
+                                                    const Columns& columns) {
+    Around<width> sums;
     const auto add_row = [&](int64_t i) {
       const auto& row = holding.of[i];
       const Values grad = columns.template load<T>(0, row.grads + at, Values{});
-      unrolled<3>([&](auto j) {
+      unrolled<width>([&](auto j) {
         add(grad, columns.equal(0, row.cells + at, byte_cells(row.first + j)), sums.of[j]);
       });
     };
@@ -150,20 +158,31 @@ struct MaskedScatter {
     }
     return sums;
   }
-  template <int64_t count>
+  // The inputs at `here`: outputs give to those as far to their left or right as the column is from
+  // the middle.
+  template <int64_t width>
+  C10_ALWAYS_INLINE static Values join(const Around<width>& before, const Around<width>& here,
+                                       const Around<width>& after) {
+    constexpr int64_t middle = width / 2;
+    Values sum = here.of[middle];
+    unrolled<middle>([&](auto i) {
+      constexpr int64_t apart = i + 1;
+      sum += shuffled<T, lanes>(here.of[middle - apart], after.of[middle - apart],
+                                [](size_t l) constexpr { return l + apart; });
+      sum += shuffled<T, lanes>(before.of[middle + apart], here.of[middle + apart],
+                                [](size_t l) constexpr { return l + lanes - apart; });
+    });
+    return sum;
+  }
+  template <int64_t width, int64_t count>
   C10_ALWAYS_INLINE static void sum_row_around(const Pool2dGeometry& g, const HoldingRows& holding,
                                                const Writer& writer, scalar_t* grad_input) {
-    Values from_left = {};  // what the outputs before `here` give to the inputs on their right
-    Around here;
+    Around<width> before, here;
     int64_t at = 0;
-    const auto write_before = [&](const Around& next) {
-      const Values right = shuffled<T, lanes>(
-          here.of[0], next.of[0], [](size_t l) constexpr { return l + 1; });
-      const Values left = shuffled<T, lanes>(
-          from_left, here.of[2], [](size_t l) constexpr { return l + lanes - 1; });
+    const auto write_before = [&](const Around<width>& next) {
       if (at > 0)
-        writer.store<lanes>(right + here.of[1] + left, grad_input + at - lanes, g.W - at + lanes);
-      from_left = here.of[2];
+        writer.store<lanes>(join(before, here, next), grad_input + at - lanes, g.W - at + lanes);
+      before = here;
       here = next;
     };
     const int64_t ahead = kRowsAhead * g.W;
@@ -172,25 +191,26 @@ struct MaskedScatter {
         __builtin_prefetch(holding.of[0].grads + ahead + at);
         __builtin_prefetch(holding.of[0].cells + ahead + at);
       }
-      write_before(sum_around<count>(holding, at, Columns<true, scalar_t, 0>()));
+      write_before(sum_around<width, count>(holding, at, Columns<true, scalar_t, 0>()));
     }
     if (at < g.W) {
       Columns<false, scalar_t, 1> columns;
       columns.place(0, at, g.W);
-      write_before(sum_around<count>(holding, at, columns));
+      write_before(sum_around<width, count>(holding, at, columns));
       at += lanes;
     }
     write_before({});
   }
+  template <int64_t width>
   C10_NOINLINE static void run_around(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
                                       const scalar_t* grad_output, const uint8_t* chosen,
                                       const Writer& writer, scalar_t* grad_input) {
     for (int64_t ih = ih0; ih < ih1; ++ih) {
       const HoldingRows holding(g, ih, grad_output, chosen);
-      if (holding.count == 3) {
-        sum_row_around<3>(g, holding, writer, grad_input + ih * g.W);
+      if (holding.count == width) {
+        sum_row_around<width, width>(g, holding, writer, grad_input + ih * g.W);
       } else {
-        sum_row_around<0>(g, holding, writer, grad_input + ih * g.W);
+        sum_row_around<width, 0>(g, holding, writer, grad_input + ih * g.W);
       }
     }
   }
@@ -213,24 +233,33 @@ void max_pool2d_scatter_masked(const Pool2dGeometry& g, int64_t planes, int64_t 
                                scalar_t* grad_input) {
   using Scatter = MaskedScatter<stride, scalar_t>;
   const Writer writer(g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(scalar_t)));
-  if constexpr (stride == 1) {
-    if (g.kernel_w == 3 && g.pad_w == 1) {
-      for (int64_t p = 0; p < planes; ++p) {
-        const int64_t plane = p * g.OH * g.OW;
-        Scatter::run_around(g, ih0, ih1, grad_output + plane, cells + plane, writer,
-                            grad_input + p * g.H * g.W);
-      }
-      return;
-    }
-  }
-  for (int64_t iw = 0; iw < g.W; iw += Scatter::kBlocks * Scatter::lanes * stride) {
-    const typename Scatter::Blocks blocks(g, iw);
-    const auto run = g.kernel_w == 3 ? Scatter::template run<3> : Scatter::template run<0>;
+  const auto each_plane = [&](const auto& run) {
     for (int64_t p = 0; p < planes; ++p) {
       const int64_t plane = p * g.OH * g.OW;
-      run(g, blocks, ih0, ih1, grad_output + plane, cells + plane, writer,
-          grad_input + p * g.H * g.W);
+      run(grad_output + plane, cells + plane, grad_input + p * g.H * g.W);
     }
+  };
+  if constexpr (stride == 1) {
+    const bool around = g.kernel_w == 2 * g.pad_w + 1;
+    if (around && (g.kernel_w == 3 || g.kernel_w == 5)) {
+      const auto run =
+          g.kernel_w == 3 ? Scatter::template run_around<3> : Scatter::template run_around<5>;
+      return each_plane([&](const scalar_t* grads, const uint8_t* chosen, scalar_t* to) {
+        run(g, ih0, ih1, grads, chosen, writer, to);
+      });
+    }
+  }
+  constexpr int64_t width = stride == 2 ? 3 : 0;
+  const auto run = g.pad_w % stride == 0
+                       ? (g.kernel_w == width ? Scatter::template run<width, 0>
+                                              : Scatter::template run<0, 0>)
+                       : (g.kernel_w == width ? Scatter::template run<width, stride - 1>
+                                              : Scatter::template run<0, stride - 1>);
+  for (int64_t iw = 0; iw < g.W; iw += Scatter::kBlocks * Scatter::lanes * stride) {
+    const typename Scatter::Blocks blocks(g, iw);
+    each_plane([&](const scalar_t* grads, const uint8_t* chosen, scalar_t* to) {
+      run(g, blocks, ih0, ih1, grads, chosen, writer, to);
+    });
   }
 }
 
