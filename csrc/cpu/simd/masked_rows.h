@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/simd/lanes.h"
+#include "cpu/simd/pool_ranges.h"
 #include "cpu/simd/pool_windows.h"
 #include "max_pool2d_math.h"
 
@@ -83,6 +84,25 @@ class Columns {
 
  private:
   uint16_t inside_[inside ? 1 : most];
+};
+
+// The output rows whose windows hold an input row.
+template <class scalar_t>
+struct HoldingRows {
+  int64_t count = 0;
+  struct {
+    const scalar_t* grads;
+    const uint8_t* cells;
+    int64_t first;  // the number of the input row's first cell there
+  } of[kLargestMasked];
+
+  HoldingRows(const Pool2dGeometry& g, int64_t ih, const scalar_t* grad_output,
+              const uint8_t* chosen) {
+    for (Holders rows = rows_holding(g, ih); rows.valid(); rows.next()) {
+      const int64_t at = rows.output() * g.OW;
+      of[count++] = {grad_output + at, chosen + at, g.cell_number(rows.offset(), 0)};
+    }
+  }
 };
 
 }  // namespace

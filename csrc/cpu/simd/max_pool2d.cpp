@@ -10,6 +10,7 @@
 #if DLOPS_CAPABILITY == 2
 #include "cpu/simd/max_pool2d_last_masked.h"
 #include "cpu/simd/max_pool2d_masked.h"
+#include "cpu/simd/max_pool2d_scatter_around.h"
 #include "cpu/simd/max_pool2d_scatter_last_masked.h"
 #include "cpu/simd/max_pool2d_scatter_masked.h"
 #endif
@@ -253,8 +254,9 @@ void max_pool2d_scatter_rows(const Pool2dGeometry& g, int64_t planes, int64_t ih
 #if DLOPS_CAPABILITY == 2
   if constexpr (std::is_same_v<cell_t, uint8_t>) {
     if (masked_rows(g)) {
-      const auto rows = g.stride_w == 1 ? max_pool2d_scatter_masked<1, scalar_t>
-                                        : max_pool2d_scatter_masked<2, scalar_t>;
+      const auto rows = scatters_around(g) ? max_pool2d_scatter_around<scalar_t>
+                        : g.stride_w == 1  ? max_pool2d_scatter_masked<1, scalar_t>
+                                           : max_pool2d_scatter_masked<2, scalar_t>;
       return rows(g, planes, ih0, ih1, grad_output, cells, grad_input);
     }
   }

@@ -32,9 +32,8 @@ struct MaskedLastWindows {
     __mmask16 nan = 0;
     for_each_channel_block<lanes>(channels, [&](int64_t c, auto blocks, int64_t count) {
       ByteWindows<T, nans, numbered> windows[blocks];
-      unrolled<blocks>([&](auto b) {
-        windows[b] = {fill<T, lanes>(lowest<T>()), byte_cells(in.first)};
-      });
+      unrolled<blocks>(
+          [&](auto b) { windows[b] = {fill<T, lanes>(lowest<T>()), byte_cells(in.first)}; });
       const auto visit_row = [&](int64_t i, auto looks) {
         const scalar_t* from = in.values + i * in.row_step + c;
         // Counted in a register: made of a number, it would be made anew for each vector.

@@ -149,29 +149,32 @@ struct MaskedWindows {
       first[i] = held.of[i].first;
     });
     for (int64_t b = 0; b < blocks; ++b, left -= lanes) {
-      const auto start = [&](const Row* row, __m128i cell) {
-        return ByteWindows<T, nans, numbered>{row->best[b], _mm_add_epi8(row->column[b], cell)};
+      const auto cell = [&](const Row* row, __m128i first_cell) {
+        if constexpr (numbered) return _mm_add_epi8(row->column[b], first_cell);
+        return first_cell;
       };
-      const auto visit = [&](ByteWindows<T, nans, numbered>& windows, const Row* row, __m128i cell) {
-        windows.visit(row->best[b], _mm_add_epi8(row->column[b], cell));
+      ByteWindows<T, nans, numbered> windows;
+      const auto visit = [&](int64_t i, const Row* row, __m128i first_cell) {
+        if (i == 0) {
+          windows = {row->best[b], cell(row, first_cell)};
+        } else {
+          windows.visit(row->best[b], cell(row, first_cell));
+        }
       };
       if constexpr (count > 0) {
-        auto windows = start(rows[0], first[0]);
-        unrolled<count - 1>([&](auto i) { visit(windows, rows[i + 1], first[i + 1]); });
-        windows.store(output, cells, b * lanes, left);
+        unrolled<count>([&](auto i) { visit(i, rows[i], first[i]); });
       } else {
-        auto windows = start(held.of[0].row, held.of[0].first);
-        for (int64_t i = 1; i < held.count; ++i) visit(windows, held.of[i].row, held.of[i].first);
-        windows.store(output, cells, b * lanes, left);
+        for (int64_t i = 0; i < held.count; ++i) visit(i, held.of[i].row, held.of[i].first);
       }
+      windows.store(output, cells, b * lanes, left);
     }
   }
   // Windows of padding alone.
   static void fill_padding(const Blocks& blocks, int64_t cell, int64_t left, scalar_t* output,
                            uint8_t* cells) {
     for (int64_t b = 0; b < blocks.count; ++b) {
-      const ByteWindows<T, false, numbered> windows{fill<T, lanes>(lowest<T>()),
-                                          _mm_add_epi8(blocks.of[b].first, byte_cells(cell))};
+      const ByteWindows<T, false, numbered> windows{
+          fill<T, lanes>(lowest<T>()), _mm_add_epi8(blocks.of[b].first, byte_cells(cell))};
       windows.store(output, cells, b * lanes, left - b * lanes);
     }
   }

@@ -43,8 +43,7 @@ struct MaskedLastScatter {
         const int64_t at = rows.of[i].at + columns.of[j].at + c;
         const __m128i ids = byte_cells(g.first_cell + rows.of[i].cell + columns.of[j].cell);
         unrolled<blocks>([&](auto b) {
-          const __mmask16 mine =
-              equal_cells<lanes>(cells + at + b * lanes, count - b * lanes, ids);
+          const __mmask16 mine = equal_cells<lanes>(cells + at + b * lanes, count - b * lanes, ids);
           add(load_block<T, lanes, blocks>(grad_output + at, b, count), mine, sums[b]);
         });
       };
@@ -64,9 +63,11 @@ struct MaskedLastScatter {
 
 // Input rows [ih0, ih1) of an image.
 template <class scalar_t>
-__attribute__((flatten)) void max_pool2d_scatter_last_masked(const Pool2dGeometry& g, int64_t ih0, int64_t ih1,
-                                    const scalar_t* grad_output, const uint8_t* cells,
-                                    scalar_t* grad_input) {
+__attribute__((flatten)) void max_pool2d_scatter_last_masked(const Pool2dGeometry& g, int64_t ih0,
+                                                             int64_t ih1,
+                                                             const scalar_t* grad_output,
+                                                             const uint8_t* cells,
+                                                             scalar_t* grad_input) {
   using Scatter = MaskedLastScatter<scalar_t>;
   const Writer writer(g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(scalar_t)));
   for (int64_t ih = ih0; ih < ih1; ++ih) {
