@@ -214,7 +214,10 @@ def test_windows_side_by_side(planes: tuple[int, int], layout: str, dtype: torch
 @pytest.mark.exact
 @parametrize("dtype", DTYPES, ids=ids)
 @parametrize("stride", [1, 2])
-@parametrize("kernel_size, padding", [(2, 1), (3, 0), (3, 1), ((2, 5), (0, 2)), ((3, 16), (1, 8))])
+@parametrize(
+    "kernel_size, padding",
+    [(2, 1), (3, 0), (3, 1), (5, 1), (5, 2), ((2, 5), (0, 2)), ((3, 16), (1, 8))],
+)
 def test_rows_of_several_vectors(
     kernel_size: int | tuple[int, int],
     padding: int | tuple[int, int],
@@ -238,6 +241,27 @@ def test_rows_of_several_vectors(
             case = MaxPool2dCase("rows", values.shape, kernel_size, stride, padding, 1, ceil_mode)
             for x in (values, ties, nans):
                 check_bits(case, x.to(dtype))
+
+
+@pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("channels", [1, 16, 40, 70])
+@parametrize("window", [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 1, 2), (2, 3, 0, 1), (5, 1, 2, 1)])
+def test_one_nan(
+    window: tuple[int, int, int, int], channels: int, layout: str, dtype: torch.dtype
+) -> None:
+    """Wherever it is, in an image of its own and in a tall one, whose rows threads share."""
+    height, width = 9, 7
+    many = normal((height * width, channels, height, width), 1)
+    for i in range(height * width):
+        many[i, i % channels, i // width, i % width] = NAN
+    tall = normal((1, channels, 70, width), 2)
+    for row in range(0, 70, 9):
+        tall[0, row % channels, row, row % width] = NAN
+    for images in (many, tall):
+        case = MaxPool2dCase("one_nan", images.shape, *window)
+        check_values_and_indices(case, LAYOUTS[layout](images.to(dtype)))
 
 
 @pytest.mark.exact
