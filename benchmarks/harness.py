@@ -8,7 +8,7 @@ import torch
 from tolerances import TOLERANCES, error
 from torch import Tensor
 
-from .roofline import Limits
+from .roofline import Limits, copying
 from .timing import Budget, Step, interleave
 
 
@@ -116,7 +116,7 @@ def grad_output_for(problem: Problem) -> Tensor:
 def time_passes(
     problem: Problem, grad_output: Tensor, device: torch.device, budget: Budget
 ) -> dict[str, dict[str, Any]]:
-    """Each contender's times, by pass."""
+    """Each contender's times, by pass, and those of a "copy" of as many bytes."""
     return {
         name: interleave(
             {
@@ -124,19 +124,26 @@ def time_passes(
                 if name == "forward"
                 else forward_backward(function, problem.inputs, grad_output)
                 for contender, function in problem.contenders.items()
-            },
+            }
+            | {"copy": copying(work.bytes, device)},
             device,
             budget,
         )
-        for name in problem.work
+        for name, work in problem.work.items()
     }
 
 
 def result(
-    case: Case, dtype: torch.dtype, name: str, work: Work, limits: Limits, **measured: Any
+    case: Case,
+    dtype: torch.dtype,
+    name: str,
+    work: Work,
+    limits: Limits,
+    copy: dict[str, float],
+    **measured: Any,
 ) -> dict[str, Any]:
     """The row of one pass; `measured`: times and errors."""
-    limit = limits.seconds(work.flops, work.bytes, dtype)
+    limit = limits.seconds(work.flops, copy["median_s"], dtype)
     ours, native = (measured["times"][side]["median_s"] for side in ("dlops", "native"))
     return {
         "op": case.op,
@@ -147,6 +154,7 @@ def result(
         **measured,
         "flops": work.flops,
         "bytes": work.bytes,
+        "copy": copy,
         "limit_s": limit,
         "percent_of_limit": 100 * limit / ours,
         "speedup": native / ours,
@@ -163,7 +171,8 @@ def measure(
     errors, wrong = check(problem, grad_output)
     if wrong:
         raise Disagreement("; ".join(wrong.values()))
-    return [
-        result(case, dtype, name, problem.work[name], limits, times=times, errors=errors)
-        for name, times in time_passes(problem, grad_output, device, budget).items()
-    ]
+    rows = []
+    for name, times in time_passes(problem, grad_output, device, budget).items():
+        copy, work = times.pop("copy"), problem.work[name]
+        rows.append(result(case, dtype, name, work, limits, copy, times=times, errors=errors))
+    return rows

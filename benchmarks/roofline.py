@@ -1,4 +1,4 @@
-"""The machine's limits, measured in the same run: copy bandwidth and matrix-product rate."""
+"""The machine's limits, measured in the same run: a copy's time and the matrix-product rate."""
 
 import time
 from functools import cache
@@ -7,7 +7,13 @@ import torch
 
 from .timing import Step, time_block
 
-MIN_BYTES, MAX_BYTES = 1 << 16, 1 << 28
+
+def copying(bytes: float, device: torch.device) -> Step:
+    """A copy that reads and writes so many bytes in all. It takes its turn with what it is the
+    limit of: right after another copy it would find in the caches what they do not."""
+    source = torch.ones(max(1, round(bytes) // 2), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
 
 
 class Limits:
@@ -15,28 +21,17 @@ class Limits:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bandwidth = cache(self._bandwidth)
         self.gemm = cache(self._gemm)
         self.measured: dict[str, float] = {}
 
-    def seconds(self, flops: float, bytes: float, dtype: torch.dtype) -> float:
-        """The least time for so many operations and bytes: the longer of the two."""
-        # A copy of the same size: small cases live in caches that are faster than memory.
-        size = 1 << max(0, round(bytes) - 1).bit_length()
-        at_memory = bytes / self.bandwidth(min(max(size, MIN_BYTES), MAX_BYTES))
+    def seconds(self, flops: float, copy: float, dtype: torch.dtype) -> float:
+        """The least time for so many operations and for what a copy takes so many seconds for:
+        the longer of the two."""
         if not flops:
-            return at_memory
+            return copy
         # Numbers of 16 bits may be widened on a CPU whose products of them are slow.
         widened = [torch.float32] if self.device.type == "cpu" and dtype.itemsize == 2 else []
-        return max(at_memory, flops / max(self.gemm(type_) for type_ in (dtype, *widened)))
-
-    def _bandwidth(self, bytes: int) -> float:
-        """Bytes read and written a second by a copy that moves ``bytes`` in all."""
-        source = torch.ones(bytes // 2, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        rate = bytes / self._best(lambda: target.copy_(source))
-        self.measured[f"copy of {bytes} bytes, GB/s"] = rate / 1e9
-        return rate
+        return max(copy, flops / max(self.gemm(type_) for type_ in (dtype, *widened)))
 
     def _gemm(self, dtype: torch.dtype) -> float:
         """Floating-point operations a second of a square matrix product, at best.

@@ -57,8 +57,8 @@ def measure(
             named = replace(case, op=f"{case.op} {way}")
             sides = {"native": of_all["native"], "dlops": of_all[way]}
             both = {"native": errors["native"], "dlops": errors[way]}
-            work = problem.work[name]
-            rows.append(result(named, dtype, name, work, limits, times=sides, errors=both))
+            work, copy = problem.work[name], of_all["copy"]
+            rows.append(result(named, dtype, name, work, limits, copy, times=sides, errors=both))
     return rows, list(wrong.values())
 
 
