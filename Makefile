@@ -49,7 +49,7 @@ bench: build ## time every op against the native one
 	$(PY) -m benchmarks $(ARGS)
 
 bench-check: build ## a short benchmark; names what is slower than in the committed results
-	$(PY) -m benchmarks --check benchmarks/results/cpu-float32.json $(ARGS)
+	$(PY) -m benchmarks --check benchmarks/results/cpu-float32-emerald-rapids.json $(ARGS)
 
 lint: $(VENV)/.dev ## check format, style and types
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)

@@ -9,8 +9,8 @@ from .timing import Step, time_block
 
 
 def copying(bytes: float, device: torch.device) -> Step:
-    """A copy that reads and writes so many bytes in all. It takes its turn with what it is the
-    limit of: right after another copy it would find in the caches what they do not."""
+    """A copy that reads and writes so many bytes in all. It takes turns with what it is the limit
+    of, in blocks as long: alone it would find in the caches what they do not."""
     source = torch.ones(max(1, round(bytes) // 2), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

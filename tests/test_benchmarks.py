@@ -28,7 +28,7 @@ from benchmarks import (  # noqa: E402
     threads,
     ways,
 )
-from benchmarks.check import Baseline  # noqa: E402
+from benchmarks.check import Baseline, key  # noqa: E402
 from benchmarks.harness import Case, Disagreement, Problem, Work, measure  # noqa: E402
 from benchmarks.roofline import Limits  # noqa: E402
 from benchmarks.timing import Budget, interleave  # noqa: E402
@@ -83,7 +83,7 @@ def test_rows() -> None:
 def test_regressions_are_named(tmp_path: Path) -> None:
     """Slower against native and against the machine's limits, twice: neither alone, nor once."""
     row = {"op": "square", "case": "100", "layout": "", "dtype": "float32", "pass": "forward"}
-    before = row | {"speedup": 2.0, "percent_of_limit": 50.0}
+    before = row | {"speedup": 2.0, "percent_of_limit": 50.0, "copy": {"median_s": 1e-3}}
     path = tmp_path / "results.json"
     rows = [before, before | {"pass": "forward+backward"}]
     path.write_text(json.dumps({"context": {"commit": "0123456789", "threads": 2}, "rows": rows}))
@@ -100,6 +100,8 @@ def test_regressions_are_named(tmp_path: Path) -> None:
     assert not baseline.regressions(lambda: [before | {"percent_of_limit": 30.0}])
     for again in ([before], [slow | {"pass": "forward+backward"}]):
         assert not baseline.regressions(iter([[slow], again]).__next__)
+    del baseline.rows[key(before)]["copy"]  # older results
+    assert baseline.regressions(lambda: [before | {"speedup": 1.4}])
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x * x + 1e-3, WrongGradient.apply])

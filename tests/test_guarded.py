@@ -75,7 +75,10 @@ def test_max_pool2d(case: MaxPool2dCase, layout: str, dtype: torch.dtype) -> Non
 
 
 @parametrize("dtype", DTYPES, ids=ids)
-@parametrize("kernel_size, stride, padding", [(2, 2, 0), (3, 1, 1), (3, 2, 0), (3, 2, 1)])
+@parametrize(
+    "kernel_size, stride, padding",
+    [(2, 2, 0), (3, 1, 0), (3, 1, 1), (3, 2, 0), (3, 2, 1), (5, 1, 2)],
+)
 def test_max_pool2d_of_every_tail(
     kernel_size: int, stride: int, padding: int, dtype: torch.dtype
 ) -> None:
@@ -83,6 +86,9 @@ def test_max_pool2d_of_every_tail(
         for planes in (1, 3, 17):
             image = small_integers((1, planes, 9, width)).to(dtype)
             check(lambda x: F.max_pool2d(x, kernel_size, stride, padding), [image])
+    for channels in (16, 40, 70):
+        image = LAYOUTS["channels_last"](small_integers((1, channels, 9, 7)).to(dtype))
+        check(lambda x: F.max_pool2d(x, kernel_size, stride, padding), [image])
 
 
 @parametrize("dtype", DTYPES, ids=ids)

@@ -251,15 +251,17 @@ def test_rows_of_several_vectors(
 def test_one_nan(
     window: tuple[int, int, int, int], channels: int, layout: str, dtype: torch.dtype
 ) -> None:
-    """Wherever it is, in an image of its own and in a tall one, whose rows threads share."""
-    height, width = 9, 7
-    many = normal((height * width, channels, height, width), 1)
-    for i in range(height * width):
-        many[i, i % channels, i // width, i % width] = NAN
-    tall = normal((1, channels, 70, width), 2)
+    """Wherever it is, in an image of its own, in rows of several vectors, and in a tall image,
+    whose rows threads share."""
+    many, wide = normal((63, channels, 9, 7), 1), normal((70, min(channels, 16), 3, 70), 2)
+    for i in range(63):
+        many[i, i % channels, i // 7, i % 7] = NAN
+    for i in range(70):
+        wide[i, i % wide.size(1), i % 3, i] = NAN
+    tall = normal((1, channels, 70, 7), 3)
     for row in range(0, 70, 9):
-        tall[0, row % channels, row, row % width] = NAN
-    for images in (many, tall):
+        tall[0, row % channels, row, row % 7] = NAN
+    for images in (many, wide, tall):
         case = MaxPool2dCase("one_nan", images.shape, *window)
         check_values_and_indices(case, LAYOUTS[layout](images.to(dtype)))
 

@@ -1,5 +1,5 @@
-// Windows of max pooling at work with AVX-512, one in each lane of some vectors, as in
-// pool_windows.h. Their cells are bytes all along, chosen by the mask that chooses the values.
+// Windows of max pooling at work with AVX-512, one in each lane of a vector, as in pool_windows.h.
+// Their cells are bytes all along, chosen by the mask that chooses the values.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -31,7 +31,8 @@ C10_ALWAYS_INLINE __mmask16 unordered(Floats a, Floats b) {
 C10_ALWAYS_INLINE __mmask16 unordered(Doubles a, Doubles b) {
   return _mm512_cmp_pd_mask(a, b, _CMP_UNORD_Q);
 }
-// a > b ? a : b, zeros of either sign included.
+// a > b ? a : b, zeros of either sign included; where torch.set_flush_denormal is on, a denormal
+// number is 0.
 C10_ALWAYS_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 C10_ALWAYS_INLINE Doubles larger(Doubles a, Doubles b) { return _mm512_max_pd(a, b); }
 // b in the lanes of `mask`, a in the others.
@@ -46,13 +47,15 @@ C10_ALWAYS_INLINE Doubles chosen(Doubles a, __mmask16 mask, Doubles b) {
 C10_ALWAYS_INLINE __m128i byte_cells(int64_t cell) {
   return _mm_set1_epi8(static_cast<char>(cell));
 }
-// Which of the first `count` cells (at most `lanes`) are `ids`: as bytes, which are masks at once.
-template <int64_t lanes>
-C10_ALWAYS_INLINE __mmask16 equal_cells(const uint8_t* cells, int64_t count, __m128i ids) {
-  if (lanes == 16 && count >= lanes)
-    return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells)), ids);
-  const auto some = static_cast<__mmask16>((1 << std::min(count, lanes)) - 1);
+// Which cells are `ids`, among those of `some`: as bytes, which are masks at once.
+C10_ALWAYS_INLINE __mmask16 equal_cells(const uint8_t* cells, __mmask16 some, __m128i ids) {
   return _mm_mask_cmpeq_epi8_mask(some, _mm_maskz_loadu_epi8(some, cells), ids);
+}
+// The same for a whole vector's.
+template <int64_t lanes>
+C10_ALWAYS_INLINE __mmask16 equal_cells(const uint8_t* cells, __m128i ids) {
+  if constexpr (lanes < 16) return equal_cells(cells, (1 << lanes) - 1, ids);
+  return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells)), ids);
 }
 // sum += grad in the lanes of `mine`.
 C10_ALWAYS_INLINE void add(Floats grad, __mmask16 mine, Floats& sum) {

@@ -1,4 +1,4 @@
-// The channels of one pixel of a channels_last image with AVX-512, some vectors of them at a time.
+// The channels of one pixel of a channels_last image, some vectors of them at a time.
 #pragma once
 
 #include <algorithm>

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/simd/byte_windows.h"
 #include "cpu/simd/lanes.h"
 #include "cpu/simd/pool_ranges.h"
 #include "cpu/simd/pool_windows.h"
@@ -72,13 +73,12 @@ class Columns {
       return load_inside<value_t>(from, inside_[i], other);
     }
   }
-  // Which cells of vector `i` are `ids`: as bytes, which are masks at once.
+  // Which cells of vector `i` are `ids`.
   C10_ALWAYS_INLINE __mmask16 equal(int64_t i, const uint8_t* cells, __m128i ids) const {
-    if constexpr (inside && lanes == 16) {
-      return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(cells)), ids);
+    if constexpr (inside) {
+      return equal_cells<lanes>(cells, ids);
     } else {
-      const auto mask = static_cast<__mmask16>(inside ? 0xff : inside_[i]);
-      return _mm_mask_cmpeq_epi8_mask(mask, _mm_maskz_loadu_epi8(mask, cells), ids);
+      return equal_cells(cells, inside_[i], ids);
     }
   }
 

@@ -24,8 +24,8 @@ struct MaskedLastWindows {
     const scalar_t* values;  // of the first one
     int64_t rows, columns, row_step, column_step, first, step;
   };
-  // The windows of one pixel, of so many columns: 0 for any number. From row `fresh` on values are
-  // looked at for NaN; returns the lanes that have any.
+  // The windows of one pixel, of so many columns: 0 for any number. Unless there may be `nans`,
+  // values are looked at for them from row `fresh` on; returns the lanes that have any.
   template <int64_t columns, bool nans>
   C10_ALWAYS_INLINE static __mmask16 windows_at(const Cells& in, int64_t fresh, int64_t channels,
                                                 scalar_t* output, uint8_t* cells) {
@@ -47,11 +47,7 @@ struct MaskedLastWindows {
           from += in.column_step;
           id = _mm_add_epi8(id, byte_cells(1));
         };
-        if constexpr (columns > 0) {
-          unrolled<columns>([&](auto) { visit(); });
-        } else {
-          for (int64_t j = 0; j < in.columns; ++j) visit();
-        }
+        repeated<columns>(in.columns, [&](auto) { visit(); });
       };
       int64_t i = 0;
       for (; i < std::min(fresh, in.rows); ++i) visit_row(i, std::false_type());
@@ -62,12 +58,10 @@ struct MaskedLastWindows {
     return nan;
   }
 
-  // GCC would leave lambdas that are called in several places alone, and keep windows in memory.
   template <bool nans>
-  __attribute__((flatten)) static bool row_of_windows(const Pool2dGeometry& g, int64_t oh,
-                                                      Range rows, int64_t fresh,
-                                                      const scalar_t* input, scalar_t* output,
-                                                      uint8_t* cells) {
+  DLOPS_FLATTEN static bool row_of_windows(const Pool2dGeometry& g, int64_t oh, Range rows,
+                                           int64_t fresh, const scalar_t* input, scalar_t* output,
+                                           uint8_t* cells) {
     Cells in;
     in.rows = rows.end - rows.begin;
     in.row_step = g.dilation_h * g.W * g.C;

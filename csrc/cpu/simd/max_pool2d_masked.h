@@ -87,7 +87,8 @@ struct MaskedWindows {
   C10_ALWAYS_INLINE static __mmask16 visit_row(const Pool2dGeometry& g, const Columns& columns,
                                                __m128i first, const scalar_t* row, Values& best,
                                                __m128i& column) {
-    // With a stride of 1, the first and the last column's values are all.
+    // With a stride of 1, those under the first and the last column are all.
+    static_assert(width <= lanes + 1);
     const int64_t last = stride == 1 && width > 0 ? width - 1 : 0;
     ByteWindows<T, nans, numbered> windows;
     Values before;
@@ -101,7 +102,7 @@ struct MaskedWindows {
       windows.visit(values, byte_cells(j));
       if (last == 0 || j == last) nan |= unordered(before, values);
     });
-    if (width == 0) nan |= unordered(before, before);
+    if (width == 0) nan |= unordered(before, before);  // of a single column
     best = windows.best;
     if constexpr (numbered) column = windows.cell;
     return nan;
@@ -123,7 +124,8 @@ struct MaskedWindows {
     kept.nan = nan != 0;
   }
 
-  // The rows that the windows of an output row hold, and the numbers of their first cells.
+  // The rows that the windows of an output row hold, and the numbers of their first cells. There is
+  // one at least: padding is at most half of a kernel, whose rows are without gaps.
   struct HeldRows {
     int64_t count = 0;
     bool nan = false;
@@ -169,18 +171,8 @@ struct MaskedWindows {
       windows.store(output, cells, b * lanes, left);
     }
   }
-  // Windows of padding alone.
-  static void fill_padding(const Blocks& blocks, int64_t cell, int64_t left, scalar_t* output,
-                           uint8_t* cells) {
-    for (int64_t b = 0; b < blocks.count; ++b) {
-      const ByteWindows<T, false, numbered> windows{
-          fill<T, lanes>(lowest<T>()), _mm_add_epi8(blocks.of[b].first, byte_cells(cell))};
-      windows.store(output, cells, b * lanes, left - b * lanes);
-    }
-  }
-
-  // The windows of some blocks, of rows [oh0, oh1) of a plane. Each row is visited once, and memory
-  // read in its order. `width`: of the kernel, 0 for any.
+  // The windows of some blocks, of rows [oh0, oh1) of a plane. Each row is visited once, or twice
+  // where it has a NaN, and memory read in its order. `width`: of the kernel, 0 for any.
   template <int64_t width>
   C10_NOINLINE static void forward(const Pool2dGeometry& g, const Blocks& blocks,
                                    const scalar_t* input, int64_t oh0, int64_t oh1,
@@ -207,9 +199,7 @@ struct MaskedWindows {
       const int64_t from = oh * g.OW + blocks.ow, left = g.OW - blocks.ow;
       scalar_t* const to = output + from;
       uint8_t* const to_cells = numbered ? cells + from : nullptr;
-      if (held.count == 0) {
-        fill_padding(blocks, g.cell_number(rows.begin, 0), left, to, to_cells);
-      } else if (held.nan) {
+      if (held.nan) {
         join_rows<true, 0>(held, blocks.count, left, to, to_cells);
       } else if (held.count == 3) {
         join_rows<false, 3>(held, blocks.count, left, to, to_cells);

@@ -1,6 +1,7 @@
 // The gradient of each input, by rows of planes (masked_rows.h), for windows of an odd width that
-// move by one column, as many columns on either side of the input under their middle. Each output
-// is read once, where it is, and what it gives to its neighbours is moved in registers.
+// move by one column, as many columns on either side of the input under their middle. A row of
+// outputs is read where it is, for each row of inputs, and what it gives to neighbours is moved in
+// registers.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,7 @@ struct AroundScatter {
   using T = work_t<scalar_t, uint8_t>;
   static constexpr int64_t lanes = kLanes<scalar_t, uint8_t>;
   using Values = Vector<T, lanes>;
-  using Holding = HoldingRows<scalar_t>;
+  using Rows = HoldingRows<scalar_t>;
   static constexpr int64_t kRowsAhead = 8;  // that are fetched
 
   // What one vector of outputs gives to the inputs under each column, from `count` rows: 0 for any
@@ -26,7 +27,7 @@ struct AroundScatter {
     Values of[width] = {};
   };
   template <int64_t count, class Columns>
-  C10_ALWAYS_INLINE static Sums sum_vector(const Holding& holding, int64_t at,
+  C10_ALWAYS_INLINE static Sums sum_vector(const Rows& holding, int64_t at,
                                            const Columns& columns) {
     Sums sums;
     const auto add_row = [&](int64_t i) {
@@ -36,11 +37,7 @@ struct AroundScatter {
         add(grad, columns.equal(0, row.cells + at, byte_cells(row.first + j)), sums.of[j]);
       });
     };
-    if constexpr (count > 0) {
-      unrolled<count>(add_row);
-    } else {
-      for (int64_t i = 0; i < holding.count; ++i) add_row(i);
-    }
+    repeated<count>(holding.count, add_row);
     return sums;
   }
   // The inputs at `here`: outputs give to those as far to their left or right as the column is from
@@ -58,7 +55,7 @@ struct AroundScatter {
     return sum;
   }
   template <int64_t count>
-  C10_ALWAYS_INLINE static void sum_row(const Pool2dGeometry& g, const Holding& holding,
+  C10_ALWAYS_INLINE static void sum_row(const Pool2dGeometry& g, const Rows& holding,
                                         const Writer& writer, scalar_t* grad_input) {
     Sums before, here;
     int64_t at = 0;
@@ -89,8 +86,8 @@ struct AroundScatter {
                                const scalar_t* grad_output, const uint8_t* chosen,
                                const Writer& writer, scalar_t* grad_input) {
     for (int64_t ih = ih0; ih < ih1; ++ih) {
-      const Holding holding(g, ih, grad_output, chosen);
-      if (holding.count == width) {
+      const Rows holding(g, ih, grad_output, chosen);
+      if (holding.count == width) {  // of windows that are squares
         sum_row<width>(g, holding, writer, grad_input + ih * g.W);
       } else {
         sum_row<0>(g, holding, writer, grad_input + ih * g.W);

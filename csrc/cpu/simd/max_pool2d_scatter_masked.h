@@ -16,7 +16,7 @@ struct MaskedScatter {
   using T = work_t<scalar_t, uint8_t>;
   static constexpr int64_t lanes = kLanes<scalar_t, uint8_t>;
   using Values = Vector<T, lanes>;
-  using Holding = HoldingRows<scalar_t>;
+  using Rows = HoldingRows<scalar_t>;
   static constexpr int64_t kBlocks = 8, kRowsAhead = 8;  // side by side; that are fetched
 
   // `stride` vectors of inputs: which outputs of the windows that hold them there are.
@@ -58,8 +58,8 @@ struct MaskedScatter {
   // The gradients of one block's inputs, from `count` rows: 0 for any number. Of windows of `width`
   // columns, 0 for any number; `odd`: the padding's remainder by the stride.
   template <int64_t count, int64_t width, int64_t odd, class Columns>
-  C10_ALWAYS_INLINE static void sum_block(const Pool2dGeometry& g, const Holding& holding,
-                                          int64_t iw, const Columns& columns, Values* sums) {
+  C10_ALWAYS_INLINE static void sum_block(const Pool2dGeometry& g, const Rows& holding, int64_t iw,
+                                          const Columns& columns, Values* sums) {
     const auto add_row = [&](int64_t i) {
       unrolled<stride>([&](auto e) {
         const int64_t kernel_w = width > 0 ? width : g.kernel_w;
@@ -70,14 +70,10 @@ struct MaskedScatter {
         });
       });
     };
-    if constexpr (count > 0) {
-      unrolled<count>(add_row);
-    } else {
-      for (int64_t i = 0; i < holding.count; ++i) add_row(i);
-    }
+    repeated<count>(holding.count, add_row);
   }
   template <int64_t count, int64_t width, int64_t odd>
-  C10_ALWAYS_INLINE static void sum_row(const Pool2dGeometry& g, const Holding& holding,
+  C10_ALWAYS_INLINE static void sum_row(const Pool2dGeometry& g, const Rows& holding,
                                         const Blocks& blocks, const Writer& writer,
                                         scalar_t* grad_input) {
     for (int64_t b = 0; b < blocks.count; ++b) {
@@ -103,16 +99,18 @@ struct MaskedScatter {
                                int64_t ih1, const scalar_t* grad_output, const uint8_t* chosen,
                                const Writer& writer, scalar_t* grad_input) {
     for (int64_t ih = ih0; ih < ih1; ++ih) {
-      const Holding holding(g, ih, grad_output, chosen);
+      const Rows holding(g, ih, grad_output, chosen);
       const auto sum = [&](auto count) {
         sum_row<count, width, odd>(g, holding, blocks, writer, grad_input + ih * g.W);
       };
-      if (width > 0 && holding.count == 1) {
-        sum(Constant<1>());
-      } else if (width > 0 && holding.count == 2) {
+      if (width == 0 || holding.count == 0 || holding.count > 3) {
+        sum(Constant<0>());
+      } else if (holding.count == 3) {
+        sum(Constant<3>());
+      } else if (holding.count == 2) {
         sum(Constant<2>());
       } else {
-        sum(Constant<0>());
+        sum(Constant<1>());
       }
     }
   }
@@ -135,12 +133,11 @@ void max_pool2d_scatter_masked(const Pool2dGeometry& g, int64_t planes, int64_t 
                                scalar_t* grad_input) {
   using Scatter = MaskedScatter<stride, scalar_t>;
   const Writer writer(g.N * g.C * g.H * g.W * static_cast<int64_t>(sizeof(scalar_t)));
-  constexpr int64_t width = stride == 2 ? 3 : 0;
   const auto run =
       g.pad_w % stride == 0
-          ? (g.kernel_w == width ? Scatter::template run<width, 0> : Scatter::template run<0, 0>)
-          : (g.kernel_w == width ? Scatter::template run<width, stride - 1>
-                                 : Scatter::template run<0, stride - 1>);
+          ? (g.kernel_w == 3 ? Scatter::template run<3, 0> : Scatter::template run<0, 0>)
+          : (g.kernel_w == 3 ? Scatter::template run<3, stride - 1>
+                             : Scatter::template run<0, stride - 1>);
   for (int64_t iw = 0; iw < g.W; iw += Scatter::kBlocks * Scatter::lanes * stride) {
     const typename Scatter::Blocks blocks(g, iw);
     for (int64_t p = 0; p < planes; ++p) {

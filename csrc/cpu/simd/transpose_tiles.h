@@ -65,13 +65,6 @@ C10_ALWAYS_INLINE void transpose_tile(const from_t* from, int64_t from_ld, int64
   });
 }
 
-// Flattened, as a square that was handed to a function would go through memory. A sanitizer's
-// checks, of which there would be thousands, take minutes to compile then.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define DLOPS_FLATTEN
-#else
-#define DLOPS_FLATTEN [[gnu::flatten]]
-#endif
 template <int64_t lanes, class from_t, class to_t>
 DLOPS_FLATTEN C10_NOINLINE void transpose_by(const from_t* from, int64_t from_ld, int64_t rows,
                                              int64_t cols, to_t* to, int64_t to_ld) {

@@ -10,6 +10,15 @@
 #include <type_traits>
 #include <utility>
 
+// For functions that hold vectors in registers: handed to a function, or to a lambda that is called
+// in several places, they would go through memory. A sanitizer's checks, of which there would be
+// thousands, take minutes to compile then.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define DLOPS_FLATTEN
+#else
+#define DLOPS_FLATTEN [[gnu::flatten]]
+#endif
+
 namespace dlops::cpu {
 namespace {  // compiled once per instruction set, so nothing here may be shared
 
@@ -22,6 +31,16 @@ C10_ALWAYS_INLINE void unrolled(const F& f) {
   [&]<int64_t... i>(std::integer_sequence<int64_t, i...>) __attribute__((always_inline)) {
     (f(Constant<i>()), ...);
   }(std::make_integer_sequence<int64_t, count>());
+}
+
+// Calls f(i) for 0 <= i < count; `known`, where it is not 0, is that number, known to the compiler.
+template <int64_t known, class F>
+C10_ALWAYS_INLINE void repeated(int64_t count, const F& f) {
+  if constexpr (known > 0) {
+    unrolled<known>(f);
+  } else {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
 }
 
 // The width of this instruction set's registers.
