@@ -268,6 +268,30 @@ def test_one_nan(
 
 @pytest.mark.exact
 @parametrize("dtype", DTYPES, ids=ids)
+@parametrize("layout", ["contiguous", "channels_last"])
+@parametrize("window", [(2, 2, 0, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 1, 2), (5, 1, 2, 1)])
+def test_denormal_numbers_taken_for_zero(
+    window: tuple[int, int, int, int], layout: str, dtype: torch.dtype
+) -> None:
+    """Compared as zeros, but an output is the input's own number."""
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    images = [small_integers(size).clamp(-1, 1) for size in ((1, 3, 9, 70), (2, 21, 8, 8))]
+    images = [LAYOUTS[layout](image.to(dtype).mul(tiny)) for image in images]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot take denormal numbers for zero")
+    try:
+        with threads(1):  # it holds for the calling thread
+            for image in images:
+                case = MaxPool2dCase("denormal", image.shape, *window)
+                ours, theirs = (pool(image) for pool in both(case))
+                kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+                assert torch.equal(ours.view(kind), theirs.view(kind))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.exact
+@parametrize("dtype", DTYPES, ids=ids)
 @parametrize("size", [(3, 3), (2, 5), (13, 13), (9, 19), (64, 16), (33, 32)], ids=str)
 @parametrize("planes", [(1, 15), (16, 1), (3, 21), (1, 64), (2, 65), (7, 37)], ids=str)
 def test_small_planes(planes: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:

@@ -31,8 +31,9 @@ C10_ALWAYS_INLINE __mmask16 unordered(Floats a, Floats b) {
 C10_ALWAYS_INLINE __mmask16 unordered(Doubles a, Doubles b) {
   return _mm512_cmp_pd_mask(a, b, _CMP_UNORD_Q);
 }
-// a > b ? a : b, zeros of either sign included; where torch.set_flush_denormal is on, a denormal
-// number is 0.
+// Whether denormal numbers are taken for 0 on this thread, as torch.set_flush_denormal asks for.
+inline bool flushes_denormals() { return (_mm_getcsr() & _MM_DENORMALS_ZERO_ON) != 0; }
+// a > b ? a : b, zeros of either sign included; but 0 for a denormal number that is taken for it.
 C10_ALWAYS_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 C10_ALWAYS_INLINE Doubles larger(Doubles a, Doubles b) { return _mm512_max_pd(a, b); }
 // b in the lanes of `mask`, a in the others.
@@ -65,9 +66,10 @@ C10_ALWAYS_INLINE void add(Doubles grad, __mmask16 mine, Doubles& sum) {
   sum = _mm512_mask_add_pd(sum, static_cast<__mmask8>(mine), sum, grad);
 }
 
-// `nans`: whether a value may be NaN; where none is, the largest is found without waiting for the
-// mask. `numbered`: whether the cells are wanted.
-template <class T, bool nans, bool numbered>
+// `any`: whether values may be NaN, or denormal numbers that are taken for 0; where they are
+// neither, the largest is found without waiting for the mask. `numbered`: whether the cells are
+// wanted.
+template <class T, bool any, bool numbered>
 struct ByteWindows {
   static constexpr int64_t lanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
   using Values = Vector<T, lanes>;
@@ -75,7 +77,7 @@ struct ByteWindows {
   __m128i cell;
 
   C10_ALWAYS_INLINE void visit(Values value, __m128i id) {
-    if constexpr (nans) {
+    if constexpr (any) {
       const __mmask16 takes =
           static_cast<__mmask16>(greater(value, best) | unordered(value, value));
       best = chosen(best, takes, value);

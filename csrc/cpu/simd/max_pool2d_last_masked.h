@@ -24,14 +24,14 @@ struct MaskedLastWindows {
     const scalar_t* values;  // of the first one
     int64_t rows, columns, row_step, column_step, first, step;
   };
-  // The windows of one pixel, of so many columns: 0 for any number. Unless there may be `nans`,
-  // values are looked at for them from row `fresh` on; returns the lanes that have any.
-  template <int64_t columns, bool nans>
+  // The windows of one pixel, of so many columns: 0 for any number. Unless values may be `any`,
+  // they are looked at for NaN from row `fresh` on; returns the lanes that have any.
+  template <int64_t columns, bool any>
   C10_ALWAYS_INLINE static __mmask16 windows_at(const Cells& in, int64_t fresh, int64_t channels,
                                                 scalar_t* output, uint8_t* cells) {
     __mmask16 nan = 0;
     for_each_channel_block<lanes>(channels, [&](int64_t c, auto blocks, int64_t count) {
-      ByteWindows<T, nans, numbered> windows[blocks];
+      ByteWindows<T, any, numbered> windows[blocks];
       unrolled<blocks>(
           [&](auto b) { windows[b] = {fill<T, lanes>(lowest<T>()), byte_cells(in.first)}; });
       const auto visit_row = [&](int64_t i, auto looks) {
@@ -51,14 +51,14 @@ struct MaskedLastWindows {
       };
       int64_t i = 0;
       for (; i < std::min(fresh, in.rows); ++i) visit_row(i, std::false_type());
-      for (; i < in.rows; ++i) visit_row(i, std::bool_constant<!nans>());
+      for (; i < in.rows; ++i) visit_row(i, std::bool_constant<!any>());
       unrolled<blocks>(
           [&](auto b) { windows[b].store(output, cells, c + b * lanes, count - b * lanes); });
     });
     return nan;
   }
 
-  template <bool nans>
+  template <bool any>
   DLOPS_FLATTEN static bool row_of_windows(const Pool2dGeometry& g, int64_t oh, Range rows,
                                            int64_t fresh, const scalar_t* input, scalar_t* output,
                                            uint8_t* cells) {
@@ -76,17 +76,18 @@ struct MaskedLastWindows {
       in.first = g.cell_number(rows.begin, columns.begin);
       scalar_t* const to = output + ow * g.C;
       uint8_t* const to_cells = numbered ? cells + ow * g.C : nullptr;
-      nan |= in.columns == 3 ? windows_at<3, nans>(in, fresh, g.C, to, to_cells)
-                             : windows_at<0, nans>(in, fresh, g.C, to, to_cells);
+      nan |= in.columns == 3 ? windows_at<3, any>(in, fresh, g.C, to, to_cells)
+                             : windows_at<0, any>(in, fresh, g.C, to, to_cells);
     }
     return nan != 0;
   }
 
   // Output rows [oh0, oh1) of an image. What a row of windows is the first to see is looked at for
-  // NaN with it; where there are any, the row is done again, and the next ones that hold these.
+  // NaN with it; where there are some, the row is done again, and the next ones that hold these.
   static void run(const Pool2dGeometry& g, int64_t oh0, int64_t oh1, const scalar_t* input,
                   scalar_t* output, uint8_t* cells) {
-    int64_t seen = 0, nan_end = 0;  // where the rows end that were looked at, that may have NaN
+    int64_t seen = 0, any_end = 0;  // where the rows end that were looked at, that may hold any
+    const bool flushes = flushes_denormals();
     for (int64_t oh = oh0; oh < oh1; ++oh) {
       const Range rows = rows_inside(g, oh);
       const int64_t begin = g.input_row(oh, rows.begin);
@@ -94,8 +95,8 @@ struct MaskedLastWindows {
       const int64_t fresh = g.dilation_h == 1 ? std::max<int64_t>(0, seen - begin) : 0;
       scalar_t* const to = output + oh * g.OW * g.C;
       uint8_t* const to_cells = numbered ? cells + oh * g.OW * g.C : nullptr;
-      if (row_of_windows<false>(g, oh, rows, fresh, input, to, to_cells)) nan_end = end;
-      if (begin < nan_end) row_of_windows<true>(g, oh, rows, 0, input, to, to_cells);
+      if (flushes || row_of_windows<false>(g, oh, rows, fresh, input, to, to_cells)) any_end = end;
+      if (begin < any_end) row_of_windows<true>(g, oh, rows, 0, input, to, to_cells);
       seen = end;
     }
   }

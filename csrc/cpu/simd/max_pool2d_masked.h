@@ -61,7 +61,7 @@ struct MaskedWindows {
   struct Row {
     Values best[kBlocks];
     __m128i column[kBlocks];
-    bool nan;
+    bool any;  // whether its values may be NaN, or taken for 0
   };
 
   // Calls f(j, the values under kernel column j) for the kernel columns.
@@ -83,14 +83,14 @@ struct MaskedWindows {
   }
 
   // The best of a row for one block's windows; returns the lanes where a NaN is among these.
-  template <int64_t width, bool nans, class Columns>
+  template <int64_t width, bool any, class Columns>
   C10_ALWAYS_INLINE static __mmask16 visit_row(const Pool2dGeometry& g, const Columns& columns,
                                                __m128i first, const scalar_t* row, Values& best,
                                                __m128i& column) {
     // With a stride of 1, those under the first and the last column are all.
     static_assert(width <= lanes + 1);
     const int64_t last = stride == 1 && width > 0 ? width - 1 : 0;
-    ByteWindows<T, nans, numbered> windows;
+    ByteWindows<T, any, numbered> windows;
     Values before;
     __mmask16 nan = 0;
     for_each_column<width>(g, columns, row, [&](int64_t j, Values values) {
@@ -107,7 +107,7 @@ struct MaskedWindows {
     if constexpr (numbered) column = windows.cell;
     return nan;
   }
-  template <int64_t width, bool nans>
+  template <int64_t width, bool any>
   C10_ALWAYS_INLINE static void visit_blocks(const Pool2dGeometry& g, const Blocks& blocks,
                                              const scalar_t* row, Row& kept) {
     const scalar_t* at = row + blocks.of[0].begin;
@@ -116,19 +116,19 @@ struct MaskedWindows {
     for (int64_t b = 0; b < blocks.count; ++b, at += stride * lanes) {
       const Block& block = blocks.of[b];
       for (int64_t v = 0; v < stride; ++v) __builtin_prefetch(at + ahead + v * lanes);
-      nan |= block.inside ? visit_row<width, nans>(g, block.whole, block.first, at, kept.best[b],
-                                                   kept.column[b])
-                          : visit_row<width, nans>(g, block.columns, block.first, at, kept.best[b],
-                                                   kept.column[b]);
+      nan |= block.inside ? visit_row<width, any>(g, block.whole, block.first, at, kept.best[b],
+                                                  kept.column[b])
+                          : visit_row<width, any>(g, block.columns, block.first, at, kept.best[b],
+                                                  kept.column[b]);
     }
-    kept.nan = nan != 0;
+    kept.any = nan != 0;
   }
 
   // The rows that the windows of an output row hold, and the numbers of their first cells. There is
   // one at least: padding is at most half of a kernel, whose rows are without gaps.
   struct HeldRows {
     int64_t count = 0;
-    bool nan = false;
+    bool any = false;
     struct {
       const Row* row;
       __m128i first;
@@ -136,11 +136,11 @@ struct MaskedWindows {
 
     void add(const Row& row, int64_t cell) {
       of[count++] = {&row, byte_cells(cell)};
-      nan |= row.nan;
+      any |= row.any;
     }
   };
   // The best of `count` rows, or of any number where that is 0.
-  template <bool nans, int64_t count>
+  template <bool any, int64_t count>
   C10_ALWAYS_INLINE static void join_rows(const HeldRows& held, int64_t blocks, int64_t left,
                                           scalar_t* output, uint8_t* cells) {
     // In registers: for all that the compiler knows, what is stored below could change them.
@@ -155,7 +155,7 @@ struct MaskedWindows {
         if constexpr (numbered) return _mm_add_epi8(row->column[b], first_cell);
         return first_cell;
       };
-      ByteWindows<T, nans, numbered> windows;
+      ByteWindows<T, any, numbered> windows;
       const auto visit = [&](int64_t i, const Row* row, __m128i first_cell) {
         if (i == 0) {
           windows = {row->best[b], cell(row, first_cell)};
@@ -179,14 +179,16 @@ struct MaskedWindows {
                                    scalar_t* output, uint8_t* cells) {
     Row kept[kLargestMasked];    // of as many rows as the kernel has
     int64_t next = 0, slot = 0;  // the first row that is still to be visited, and its place
+    const bool flushes = flushes_denormals();
     for (int64_t oh = oh0; oh < oh1; ++oh) {
       const Range rows = rows_inside(g, oh);
       const int64_t ih = g.input_row(oh, 0);
       next = std::max(next, ih + rows.begin);
       for (; next < ih + rows.end; ++next) {
         const scalar_t* row = input + next * g.W;
-        visit_blocks<width, false>(g, blocks, row, kept[slot]);
-        if (kept[slot].nan) visit_blocks<width, true>(g, blocks, row, kept[slot]);
+        if (!flushes) visit_blocks<width, false>(g, blocks, row, kept[slot]);
+        if (flushes || kept[slot].any) visit_blocks<width, true>(g, blocks, row, kept[slot]);
+        kept[slot].any |= flushes;
         if (++slot == g.kernel_h) slot = 0;
       }
       HeldRows held;
@@ -199,7 +201,7 @@ struct MaskedWindows {
       const int64_t from = oh * g.OW + blocks.ow, left = g.OW - blocks.ow;
       scalar_t* const to = output + from;
       uint8_t* const to_cells = numbered ? cells + from : nullptr;
-      if (held.nan) {
+      if (held.any) {
         join_rows<true, 0>(held, blocks.count, left, to, to_cells);
       } else if (held.count == 3) {
         join_rows<false, 3>(held, blocks.count, left, to, to_cells);
